@@ -1,0 +1,109 @@
+"""The head without its features: hair behind, neck, ears, face, beard, hair in front."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .anatomy import Anatomy, Pose
+from .canvas import Canvas, box, cover, ellipse, soft
+
+
+def draw_back_hair(canvas: Canvas, who: Anatomy, pose: Pose) -> Tensor:
+    """Hair behind the neck; returns its cover [B, H, W]."""
+    u, v = pose.head(canvas.x, canvas.y)
+    u = u + 2.0 * pose.yaw
+    spread = who.width + 2.2 + 6.0 * who.hair_volume
+    length = -6.0 + 62.0 * who.hair_length
+    dome = ellipse(u, v + 4, spread, who.height + 2 + 4 * who.hair_volume)
+    middle = (length - 6) / 2
+    widening = spread * (0.93 + 0.1 * who.hair_volume)
+    curtain = box(u, v - middle, widening, (length + 6).clamp(min=0) / 2, 5.0)
+    shape = cover(torch.minimum(dome, curtain), canvas.pixel * pose.scale)
+    shape = shape * (who.hair_length > 0.06)
+    canvas.paint(shape, who.hair * 0.72)
+    return shape
+
+
+def draw_neck(canvas: Canvas, who: Anatomy, pose: Pose) -> Tensor:
+    u, v = pose.body(canvas.x, canvas.y)
+    half = 7.2 + 0.16 * who.width
+    shape = cover(box(u, v - 33, half, 15.0, 4.0), canvas.pixel * pose.scale)
+    shadow = 1 - 0.3 * soft(v - who.height - 5, 9.0)
+    canvas.paint(shape, who.skin[:, :, None, None] * (0.92 * shadow).unsqueeze(1))
+    return shape
+
+
+def draw_face(canvas: Canvas, who: Anatomy, pose: Pose) -> Tensor:
+    """Ears and the face itself; returns its cover."""
+    u, v = pose.head(canvas.x, canvas.y)
+    pixel = canvas.pixel * pose.scale
+    ears = _ears(u, v, who, pose)
+    canvas.paint(cover(ears, pixel), who.skin * 0.9)
+    face = cover(face_distance(u, v, who, pose), pixel)
+    canvas.paint(face, _shaded_skin(u, v, who, pose))
+    _beard(canvas, u, v, face, who, pose)
+    return torch.maximum(face, cover(ears, pixel))
+
+
+def face_distance(u: Tensor, v: Tensor, who: Anatomy, pose: Pose) -> Tensor:
+    """An egg: an ellipse whose lower half narrows, the more the less square the jaw."""
+    u = u - 1.5 * pose.yaw
+    down = (v / who.height).clamp(0, 1)
+    narrow = 1 - (0.36 - 0.34 * who.jaw) * down * down
+    bulge = 1 + (0.16 * who.jaw) * down * (1 - down) * 2
+    return ellipse(u / (narrow * bulge), v, who.width, who.height)
+
+
+def _ears(u: Tensor, v: Tensor, who: Anatomy, pose: Pose) -> Tensor:
+    reach = who.width + 0.3
+    left = ellipse(u + reach - 3.2 * pose.yaw.clamp(min=0), v - 1, 3.4, 6.2)
+    right = ellipse(u - reach - 3.2 * pose.yaw.clamp(max=0), v - 1, 3.4, 6.2)
+    return torch.minimum(left, right)
+
+
+def _shaded_skin(u: Tensor, v: Tensor, who: Anatomy, pose: Pose) -> Tensor:
+    """Skin [B, 3, H, W]: darker towards the rim, rosy on the cheeks."""
+    rim = (u / who.width) ** 2 + (v / who.height) ** 2
+    light = 1.03 - 0.14 * rim.clamp(0, 1.3) ** 2
+    skin = who.skin[:, :, None, None] * light.unsqueeze(1)
+    cheeks = torch.zeros_like(rim)
+    for side in (-1.0, 1.0):
+        cheek = ellipse(u - pose.turned(side * 12.5, 0.6), v - 9, 6.0, 4.5)
+        cheeks = cheeks + soft(cheek + 2, 6.0)
+    blush = torch.tensor([0.86, 0.36, 0.34], device=u.device)[None, :, None, None]
+    return torch.lerp(skin, blush * skin.mean(1, keepdim=True) * 1.3, 0.28 * cheeks.unsqueeze(1))
+
+
+def _beard(canvas: Canvas, u: Tensor, v: Tensor, face: Tensor, who: Anatomy, pose: Pose) -> None:
+    x = u - pose.turned(0.0, 0.7)
+    jawline = v - who.height * (0.42 - 0.34 * (x / who.width) ** 2)
+    shaven = ellipse(x, v - who.height * 0.5, who.width * 0.5, who.height * 0.16)
+    area = torch.minimum(soft(-jawline, 3.0), soft(-shaven, 4.0))
+    strength = who.beard.sqrt() * 0.95
+    canvas.paint(face * area * strength, who.hair * 0.85)
+
+
+def draw_front_hair(canvas: Canvas, who: Anatomy, pose: Pose) -> Tensor:
+    """Hair on top of the head, with its fringe and strands; returns its cover."""
+    u, v = pose.head(canvas.x, canvas.y)
+    u = u + 1.2 * pose.yaw
+    spread = who.width + 1.6 + 4.2 * who.hair_volume
+    top = who.height + 2.5 + 5.5 * who.hair_volume
+    dome = ellipse(u, v + 2.0, spread, top)
+    across = u / who.width
+    parting = 0.35 * (1 - who.fringe)
+    arch = 0.62 * who.height * (across + parting * 0.4) ** 2 * (1.2 - 0.75 * who.fringe)
+    sides = 34.0 * ((across.abs() - 0.86).clamp(min=0)) * (0.25 + 0.75 * (who.hair_length > 0.2))
+    line = who.hairline + arch + sides
+    shape = cover(torch.maximum(dome, (v - line) * 0.8), canvas.pixel * pose.scale)
+    canvas.paint(shape, _strands(u, v, who))
+    return shape
+
+
+def _strands(u: Tensor, v: Tensor, who: Anatomy) -> Tensor:
+    wave = torch.sin(u * 1.1 + 0.5 * torch.sin(v * 0.35)) * torch.sin(v * 0.12 + u * 0.3)
+    shine = soft(((u + 6) / 15) ** 2 + ((v + who.height * 0.85) / 6) ** 2 - 1, 2.0)
+    light = 1.0 + 0.1 * wave + 0.25 * shine
+    colour = who.hair[:, :, None, None] * light.unsqueeze(1)
+    return (colour + 0.07 * shine.unsqueeze(1)).clamp(0, 1)

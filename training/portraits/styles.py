@@ -1,0 +1,97 @@
+"""Five drawing styles, applied to the finished picture."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .canvas import Canvas, wide
+from .vocabulary import STYLES
+
+_LUMA = (0.299, 0.587, 0.114)
+
+
+def apply_style(canvas: Canvas, style: Tensor, light: Tensor, texture: Tensor) -> None:
+    """Restyle pictures in place: style [B] indexes the vocabulary."""
+    painters = {
+        "photo": _photo, "black and white": _black_and_white, "sketch": _sketch,
+        "painting": _painting, "cartoon": _cartoon,
+    }  # fmt: skip
+    for i, name in enumerate(STYLES):
+        index = (style == i).nonzero()[:, 0]
+        if len(index):
+            part = canvas.rows(index)
+            part.image = painters[name](part, light[index], texture[index]).clamp(0, 1)
+            canvas.put_rows(index, part)
+
+
+def luminance(image: Tensor) -> Tensor:
+    """[B, 3, H, W] -> [B, H, W]."""
+    weights = torch.tensor(_LUMA, device=image.device)
+    return (image * weights[:, None, None]).sum(1)
+
+
+def _blur(image: Tensor, radius: int) -> Tensor:
+    size = 2 * radius + 1
+    padded = F.pad(image, (radius,) * 4, mode="replicate")
+    return F.avg_pool2d(padded, size, stride=1)
+
+
+def _edges(grey: Tensor) -> Tensor:
+    """Sobel magnitude [B, H, W]."""
+    padded = F.pad(grey[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
+    smooth_x = padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]
+    smooth_y = padded[:, :, :-2] + 2 * padded[:, :, 1:-1] + padded[:, :, 2:]
+    gx = smooth_x[:, :, 2:] - smooth_x[:, :, :-2]
+    gy = smooth_y[:, 2:] - smooth_y[:, :-2]
+    return (gx * gx + gy * gy).sqrt()
+
+
+def _photo(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
+    slope = 1 + 0.07 * (wide(light[:, 0]) * (c.x - 64) + wide(light[:, 1]) * (c.y - 64) * 0.6) / 64
+    return c.image * slope.unsqueeze(1)
+
+
+def _black_and_white(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
+    grey = luminance(_photo(c, light, texture))
+    grey = (grey - 0.5) * 1.15 + 0.5
+    vignette = 1 - 0.25 * (((c.x - 64) ** 2 + (c.y - 64) ** 2) / 8192) ** 2
+    return (grey * vignette)[:, None].expand(-1, 3, -1, -1)
+
+
+def _sketch(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
+    grey = luminance(c.image)
+    line = (_edges(grey) * 1.3 - 0.12).clamp(0, 0.92)
+    phase = 6.28 * wide(texture[:, 6])
+    hatch = 0.5 + 0.5 * torch.sin((c.x + c.y) * 1.5 + phase)
+    tone = (0.62 - grey).clamp(0, 1) * (0.55 + 0.75 * hatch)
+    ink = (line + tone * 1.05).clamp(0, 0.92)
+    paper = torch.tensor([0.97, 0.96, 0.92], device=grey.device)[:, None, None]
+    return paper * (1 - ink[:, None]) + 0.1 * ink[:, None]
+
+
+def _painting(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
+    phase = 6.28 * wide(texture[:, 5])
+    wave = torch.sin(c.x / 3.1 + torch.sin(c.y / 5.0) * 2 + phase)
+    swirl = torch.sin(c.y / 2.7 + torch.sin(c.x / 6.0) * 2 + phase)
+    n, _, height, width = c.image.shape
+    across = (c.x / 64 - 1 + 0.009 * wave).expand(n, height, width)
+    down = (c.y / 64 - 1 + 0.009 * swirl).expand(n, height, width)
+    moved = F.grid_sample(
+        c.image, torch.stack([across, down], -1), padding_mode="border", align_corners=False
+    )
+    grey = moved.mean(1, keepdim=True)
+    rich = grey + (moved - grey) * 1.35
+    strokes = torch.sin((c.x - c.y * 0.6) * 1.2 + 2 * wave + phase) * 0.03
+    warm = torch.tensor([1.04, 1.0, 0.9], device=grey.device)[:, None, None]
+    return (rich + strokes.unsqueeze(1)) * warm
+
+
+def _cartoon(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
+    smooth = _blur(c.image, 1)
+    grey = smooth.mean(1, keepdim=True)
+    vivid = grey + (smooth - grey) * 1.25
+    flat = torch.lerp(vivid, torch.floor(vivid * 5 + 0.5) / 5, 0.75)
+    line = (_edges(luminance(smooth)) * 1.3 - 0.55).clamp(0, 1)
+    return flat * (1 - line[:, None])
