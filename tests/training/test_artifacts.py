@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from difflora_core.errors import DiffLoRAError
+from training import artifacts
+from training.artifacts import (
+    artifact,
+    artifacts_folder,
+    read_artifact,
+    read_manifest,
+    record_artifact,
+    save_artifact,
+    sha256,
+    ship,
+)
+from training.config import Config
+from training.run_config import RunConfig
+from training.run_folder import RunFolder
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return Config(run=RunConfig(root=str(tmp_path / "run"), seed=4, device="cpu"))
+
+
+def _save(config: Config, name: str = "unet") -> Path:
+    tensors = {"a": torch.arange(6.0).reshape(2, 3).T, "index": torch.arange(3)}
+    return save_artifact(config, name, tensors, {"width": 8}, {"loss": 0.5})
+
+
+def test_saved_artifact_reads_back(config: Config) -> None:
+    path = _save(config)
+    tensors, settings = read_artifact(config, "unet")
+    assert artifact(config, "unet.safetensors") == path
+    assert settings == {"width": 8}
+    assert tensors["a"].dtype == torch.float16 and tensors["index"].dtype == torch.int64
+    assert torch.equal(tensors["a"].float(), torch.arange(6.0).reshape(2, 3).T)
+
+
+def test_manifest_says_how_a_file_was_made(config: Config) -> None:
+    path = _save(config)
+    entry = read_manifest(artifacts_folder(config))["unet.safetensors"]
+    assert entry["seed"] == 4 and entry["figures"] == {"loss": 0.5}
+    assert entry["sha256"] == sha256(path)
+    assert entry["command"].startswith("python -m training")
+
+
+def test_missing_artifact_names_the_stage(config: Config, tmp_path: Path) -> None:
+    with pytest.raises(DiffLoRAError, match="train-base"):
+        artifact(config, "unet", shipped=tmp_path / "empty")
+
+
+def test_own_artifact_goes_before_the_shipped_one(config: Config, tmp_path: Path) -> None:
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    (shipped / "vae.safetensors").write_bytes(b"")
+    assert artifact(config, "vae", shipped).parent == shipped
+    own = _save(config, "vae")
+    assert artifact(config, "vae", shipped) == own
+
+
+def test_ship_copies_weights_and_merges_the_manifest(config: Config, tmp_path: Path) -> None:
+    shipped = tmp_path / "shipped"
+    (shipped / "old").mkdir(parents=True)
+    (shipped / "manifest.json").write_text(json.dumps({"vae.safetensors": {"seed": 1}}))
+    _save(config)
+    _save(config, "loras")
+    onnx = artifacts_folder(config) / "insightface/models/mini/det_mini.onnx"
+    onnx.parent.mkdir(parents=True)
+    onnx.write_bytes(b"onnx")
+    record_artifact(config, "insightface/models/mini/det_mini.onnx")
+    ship(config, RunFolder.create(config.run.root, "ship"), shipped)
+    assert (shipped / "insightface/models/mini/det_mini.onnx").read_bytes() == b"onnx"
+    assert not (shipped / "loras.safetensors").exists()
+    assert set(read_manifest(shipped)) == {
+        "vae.safetensors",
+        "unet.safetensors",
+        "insightface/models/mini/det_mini.onnx",
+    }
+
+
+def test_ship_refuses_more_than_the_limit(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artifacts, "SHIPPED_LIMIT", 10)
+    _save(config)
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    with pytest.raises(DiffLoRAError, match=r"limit.*unet.safetensors"):
+        ship(config, RunFolder.create(config.run.root, "ship"), shipped)
+    assert not list(shipped.iterdir())

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from difflora_core.errors import BadConfig
+from training.__main__ import STAGES, find_stage, main
+from training.config import Config, differences, field_docs, load_config, to_toml
+from training.run_config import OptimConfig, RunConfig
+
+
+def _file(tmp_path: Path, text: str = "") -> Path:
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    return path
+
+
+def test_empty_file_gives_the_defaults(tmp_path: Path) -> None:
+    assert load_config(_file(tmp_path)) == Config()
+
+
+def test_overrides_win_and_keep_their_types(tmp_path: Path) -> None:
+    path = _file(tmp_path, "[run]\nseed = 3\n[eval]\npeople = 7\n")
+    words = ["eval.people=2", "eval.rows=[base,teacher]", "run.root=12", "run.max_minutes=2"]
+    config = load_config(path, words)
+    assert config.run == RunConfig(seed=3, root="12", max_minutes=2.0)
+    assert config.eval.people == 2
+    assert config.eval.rows == ("base", "teacher")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["eval.peple=2"], "eval.people"),
+        (["evl.people=2"], "eval"),
+        (["eval.people=many"], "eval.people must be int"),
+        (["eval.people"], "section.key=value"),
+        (["people=2"], "section.key=value"),
+    ],
+)
+def test_wrong_settings_are_explained(tmp_path: Path, words: list[str], expected: str) -> None:
+    with pytest.raises(BadConfig, match=expected):
+        load_config(_file(tmp_path), words)
+
+
+def test_broken_and_missing_files_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(BadConfig, match="not valid TOML"):
+        load_config(_file(tmp_path, "[run\n"))
+    with pytest.raises(BadConfig, match="Cannot read"):
+        load_config(tmp_path / "absent.toml")
+
+
+def test_toml_round_trip_with_a_comment_for_every_key(tmp_path: Path) -> None:
+    config = load_config(_file(tmp_path), ["eval.rows=[base]", 'run.root=a "b" \\c', "run.seed=5"])
+    text = to_toml(config)
+    assert load_config(_file(tmp_path, text)) == config
+    lines = text.splitlines()
+    keys = [i for i, line in enumerate(lines) if "=" in line and not line.startswith("#")]
+    assert all(lines[i - 1].startswith("#") for i in keys)
+
+
+def test_field_docs_are_read_from_the_source() -> None:
+    assert field_docs(OptimConfig)["steps"] == "Optimiser steps."
+
+
+def test_differences_name_the_changed_keys() -> None:
+    assert differences("[a]\nx=1\ny=2\n", "[a]\nx=1\ny=3\n[b]\nz=1\n") == ["a.y", "b.z"]
+
+
+def test_unknown_stage_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(BadConfig, match="Did you mean train-dit"):
+        find_stage("train_dit")
+    assert main(["train_dit", "--config", str(_file(tmp_path))]) == 2
+
+
+def test_config_stage_prints_the_settings(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["config", "--config", str(_file(tmp_path)), "run.seed=9"]) == 0
+    assert "seed = 9" in capsys.readouterr().out
+
+
+def test_every_stage_is_a_module_and_a_function() -> None:
+    assert all(len(target.split(":")) == 2 for target in STAGES.values())

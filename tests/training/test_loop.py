@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from difflora_core.errors import DiffLoRAError
+from training.loop import Interrupted, Trainer, TrainingDiverged, lr_at
+from training.run_config import OptimConfig, RunConfig
+from training.run_folder import RunFolder
+from training.run_log import RunLog, read_csv
+
+OPTIM = OptimConfig(steps=8, lr=0.05, warmup=2, weight_decay=0.1, ema=0.9)
+RUN = RunConfig(device="cpu", log_every=2, checkpoint_every=4, keep_last=2)
+
+
+class Job:
+    """A noisy regression: global and local random numbers, dropout, a norm layer's buffers."""
+
+    def __init__(self, folder: Path, optim: OptimConfig = OPTIM, run: RunConfig = RUN) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(
+            nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1)
+        )
+        torch.manual_seed(1)
+        self.folder = RunFolder.create(folder, "job")
+        self.trainer = Trainer({"model": self.model}, optim, run, self.folder, items_per_step=16)
+        self.seen: list[int] = []
+
+    def step(self, i: int) -> dict[str, Tensor]:
+        self.seen.append(i)
+        x = torch.randn(16, 4, generator=self.trainer.generator)
+        y = x.sum(1, keepdim=True) + 0.1 * torch.randn(16, 1)
+        return {"loss": (self.model(x) - y).square().mean()}
+
+    def weights(self) -> dict[str, Tensor]:
+        averaged = {f"ema.{k}": v for k, v in self.trainer.averaged("model").items()}
+        return {k: v.clone() for k, v in self.model.state_dict().items()} | averaged
+
+
+def _assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    whole = Job(tmp_path / "whole")
+    assert whole.trainer.fit(whole.step)
+
+    first = Job(tmp_path / "parts")
+
+    def stop_at_four(i: int) -> dict[str, Tensor]:
+        if i == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return first.step(i)
+
+    with pytest.raises(Interrupted, match="step 4"):
+        first.trainer.fit(stop_at_four)
+    second = Job(tmp_path / "parts")
+    assert second.trainer.fit(second.step)
+    assert second.seen == [4, 5, 6, 7]
+    _assert_equal(second.weights(), whole.weights())
+    _assert_equal(
+        second.trainer.optimizer.state_dict()["state"][0],
+        whole.trainer.optimizer.state_dict()["state"][0],
+    )
+
+
+def test_finished_run_does_no_further_step(tmp_path: Path) -> None:
+    first = Job(tmp_path)
+    first.trainer.fit(first.step)
+    again = Job(tmp_path)
+    assert again.trainer.fit(again.step)
+    assert again.seen == []
+    _assert_equal(again.weights(), first.weights())
+
+
+def test_time_limit_stops_with_a_checkpoint(tmp_path: Path) -> None:
+    job = Job(tmp_path, run=dataclasses.replace(RUN, max_minutes=1e-9))
+    assert not job.trainer.fit(job.step)
+    assert [p.name for p in job.folder.checkpoints()] == ["step_00000001"]
+
+
+def test_damaged_newest_checkpoint_is_skipped(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    job.trainer.fit(job.step)
+    assert [p.name for p in job.folder.checkpoints()] == ["step_00000004", "step_00000008"]
+    damaged = job.folder.checkpoints()[-1] / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    again = Job(tmp_path)
+    again.trainer.fit(again.step)
+    assert again.seen == [4, 5, 6, 7]
+    _assert_equal(again.weights(), job.weights())
+
+
+def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    job.trainer.fit(job.step)
+    other = nn.Linear(3, 1)
+    with pytest.raises(DiffLoRAError, match="does not fit"):
+        Trainer({"model": other}, OPTIM, RUN, job.folder).resume()
+
+
+def test_diverged_loss_is_reported(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    with pytest.raises(TrainingDiverged, match="nan"):
+        job.trainer.fit(lambda i: {"loss": job.step(i)["loss"] * math.nan})
+
+
+def test_ema_follows_its_formula(tmp_path: Path) -> None:
+    model = nn.Linear(1, 1, bias=False)
+    folder = RunFolder.create(tmp_path, "ema")
+    trainer = Trainer({"model": model}, dataclasses.replace(OPTIM, steps=3, ema=0.2), RUN, folder)
+    expected, path = model.weight.item(), []
+
+    def step(i: int) -> dict[str, Tensor]:
+        path.append(model.weight.item())
+        return {"loss": model.weight.square().sum()}
+
+    trainer.fit(step)
+    for t, value in enumerate([*path[1:], model.weight.item()], start=1):
+        decay = min(0.2, (1 + t) / (10 + t))
+        expected = decay * expected + (1 - decay) * value
+    assert trainer.averaged("model")["weight"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_learning_rate_by_hand() -> None:
+    optim = OptimConfig(steps=12, lr=2.0, warmup=2, final_lr=0.1)
+    assert lr_at(0, optim) == 1.0
+    assert lr_at(2, optim) == 2.0
+    assert lr_at(7, optim) == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
+    assert lr_at(12, optim) == pytest.approx(0.2)
+
+
+def test_log_keeps_rows_up_to_the_resumed_step(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    log = RunLog(path, 10)
+    for step in (2, 4, 6):
+        log.write(step, {"loss": step / 10})
+    log = RunLog(path, 10, start_step=4)
+    log.write(6, {"loss": 9.0, "extra": 1.0})
+    rows = read_csv(path)
+    assert [row["step"] for row in rows] == ["2", "4", "6"]
+    assert rows[-1]["loss"] == "9" and rows[0]["extra"] == ""
+
+
+def test_log_is_written_by_training(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    job.trainer.fit(job.step)
+    rows = read_csv(job.folder.log_path)
+    assert [row["step"] for row in rows] == ["2", "4", "6", "8"]
+    assert {"loss", "lr", "items_per_s"} <= set(rows[0])

@@ -1,0 +1,181 @@
+"""Results of the stages: `<run.root>/artifacts/` over the weights shipped in `difflora_core/mini/`.
+
+Every weights file is safetensors with its config as JSON under the header key "config";
+`manifest.json` says of each file by which command it was made, with which seed, on what, its
+sha256 and its figures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import difflora_core
+from difflora_core.errors import BadWeightsFile, DiffLoRAError
+from difflora_core.weights_file import read_safetensors, write_safetensors
+
+from .config import Config
+from .run_folder import RunFolder, device_name
+
+logger = logging.getLogger(__name__)
+
+SHIPPED = Path(difflora_core.__file__).parent / "mini"
+"""Weights that come with the package."""
+SHIPPED_LIMIT = 30_000_000
+"""Largest size of all shipped files together, bytes."""
+MANIFEST = "manifest.json"
+
+MADE_BY = {
+    "unet": "train-base",
+    "vae": "train-base",
+    "text_encoder": "train-base",
+    "recogniser": "train-encoders",
+    "metric_recogniser": "train-encoders",
+    "image_encoder": "train-encoders",
+    "attribute_heads": "train-encoders",
+    "det_mini": "export-face-pack",
+    "rec_mini": "export-face-pack",
+    "predictor": "train-dit",
+    "predictor_paper": "train-dit",
+    "loras": "collect-loras",
+}
+"""Artifact -> the stage that makes it, for error messages."""
+
+
+def artifact(config: Config, name: str, shipped: Path | None = None) -> Path:
+    """Path of an artifact: the run's own if there is one, else the shipped one.
+
+    `name` is relative to the artifacts folder; without a suffix it means `.safetensors`.
+    Errors: DiffLoRAError that names the stage to run.
+    """
+    name = _file_name(name)
+    for folder in (artifacts_folder(config), shipped or SHIPPED):
+        if (folder / name).exists():
+            return folder / name
+    stage = MADE_BY.get(Path(name).stem)
+    hint = f"Run `python -m training {stage} --config ...` first." if stage else ""
+    raise DiffLoRAError(
+        f"There is no {name} yet, neither in {config.run.root} nor shipped.", hint=hint
+    )
+
+
+def artifacts_folder(config: Config) -> Path:
+    """Where this configuration's artifacts are written."""
+    return Path(config.run.root) / "artifacts"
+
+
+def read_artifact(config: Config, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and config of an artifact. Errors: DiffLoRAError, BadWeightsFile."""
+    path = artifact(config, name)
+    tensors, metadata = read_safetensors(path)
+    if "config" not in metadata:
+        raise BadWeightsFile(f"{path.name} has no config in its header.")
+    return tensors, json.loads(metadata["config"])
+
+
+def save_artifact(
+    config: Config,
+    name: str,
+    tensors: Mapping[str, Tensor],
+    config_dict: Mapping[str, Any],
+    figures: Mapping[str, Any] | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> Path:
+    """Write `<run.root>/artifacts/<name>` (floating tensors as `dtype`) and its manifest entry."""
+    path = artifacts_folder(config) / _file_name(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stored = {key: _stored(tensor, dtype) for key, tensor in tensors.items()}
+    write_safetensors(path, stored, {"config": json.dumps(config_dict)}, overwrite=True)
+    record_artifact(config, _file_name(name), figures)
+    return path
+
+
+def record_artifact(config: Config, name: str, figures: Mapping[str, Any] | None = None) -> None:
+    """Write the manifest entry of a file that lies in the artifacts folder (ONNX files, say)."""
+    folder = artifacts_folder(config)
+    entry = {
+        "command": command_line(),
+        "seed": config.run.seed,
+        "machine": device_name(config.run.torch_device()),
+        "sha256": sha256(folder / name),
+        "figures": dict(figures or {}),
+    }
+    write_manifest(folder, read_manifest(folder) | {Path(name).as_posix(): entry})
+
+
+def ship(config: Config, folder: RunFolder, shipped: Path | None = None) -> None:
+    """Stage `ship`: copy the shipped kinds of artifacts into `difflora_core/mini/`.
+
+    Copied is what the run's manifest lists, training material left out. Errors: DiffLoRAError
+    when the folder would grow past SHIPPED_LIMIT (nothing is copied then).
+    """
+    source, target = artifacts_folder(config), shipped or SHIPPED
+    entries = {n: e for n, e in read_manifest(source).items() if _is_shipped(n)}
+    sizes = {p.relative_to(target).as_posix(): p.stat().st_size for p in _weights(target)}
+    sizes |= {name: (source / name).stat().st_size for name in entries}
+    total = sum(sizes.values())
+    if total > SHIPPED_LIMIT:
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise DiffLoRAError(
+            f"The shipped files would take {total / 1e6:.1f} MB, the limit is "
+            f"{SHIPPED_LIMIT / 1e6:.0f} MB.",
+            hint=f"The largest is {largest} with {sizes[largest] / 1e6:.1f} MB.",
+        )
+    for name in entries:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+    write_manifest(target, read_manifest(target) | entries)
+    logger.info("%s: %d files, %.1f MB shipped", folder.name, len(entries), total / 1e6)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """File name -> entry; empty without a manifest."""
+    path = folder / MANIFEST
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def write_manifest(folder: Path, entries: Mapping[str, Any]) -> None:
+    """Write the manifest whole or not at all, sorted by name."""
+    temporary = folder / f".{MANIFEST}.{os.getpid()}"
+    text = json.dumps(dict(sorted(entries.items())), indent=2, ensure_ascii=False)
+    temporary.write_text(text + "\n", encoding="utf-8")
+    temporary.replace(folder / MANIFEST)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def command_line() -> str:
+    """The running command, with absolute paths cut to their last part."""
+    words = [Path(w).name if Path(w).is_absolute() else w for w in sys.argv[1:]]
+    return " ".join(["python -m training", *words])
+
+
+def _file_name(name: str) -> str:
+    return name if Path(name).suffix else f"{name}.safetensors"
+
+
+def _is_shipped(name: str) -> bool:
+    # "loras", the data set of trained LoRAs, is training material and stays in the run folder
+    return MADE_BY.get(Path(name).stem, "collect-loras") != "collect-loras"
+
+
+def _weights(folder: Path) -> list[Path]:
+    return [p for p in folder.rglob("*") if p.suffix in (".safetensors", ".onnx")]
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -1,0 +1,266 @@
+"""The training loop: steps, logging, averaging, checkpoints, resuming. It knows no model.
+
+    trainer = Trainer({"unet": unet}, config.base.optim, config.run, folder, items_per_step=256)
+    finished = trainer.fit(step)          # step(i) -> {"loss": scalar, ...}; resumes by itself
+    weights = trainer.averaged("unet")    # EMA weights, for the artifact
+
+A resumed run equals an uninterrupted one bit for bit (on one device) as long as `step(i)` depends
+on i, the modules, the global torch random state and `trainer.generator` only.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from difflora_core.errors import DiffLoRAError
+
+from .run_config import OptimConfig, RunConfig
+from .run_folder import Checkpoint, RunFolder
+from .run_log import RunLog
+
+Step = Callable[[int], dict[str, Tensor]]
+"""step(i) -> scalar tensors by name; "loss" is minimised, the others are logged."""
+
+
+class Interrupted(Exception):
+    """A signal stopped the loop after its checkpoint was written."""
+
+
+class TrainingDiverged(DiffLoRAError):
+    """The loss is no longer a finite number."""
+
+
+class Trainer:
+    """AdamW with warm-up and cosine decay, clipping, EMA, autocast and resumable checkpoints."""
+
+    def __init__(
+        self,
+        modules: dict[str, nn.Module],
+        optim: OptimConfig,
+        run: RunConfig,
+        folder: RunFolder,
+        *,
+        items_per_step: int = 1,
+    ) -> None:
+        """`modules`: every module that trains, on its device; they are saved under their names."""
+        self.modules, self.optim, self.run, self.folder = modules, optim, run, folder
+        self.items_per_step = items_per_step
+        self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
+        self.device = self.parameters[0].device
+        self.optimizer = _adamw(self.parameters, optim)
+        self.generator = torch.Generator(self.device).manual_seed(run.seed)
+        self.shadow = [p.detach().float().clone() for p in self.parameters] if optim.ema else []
+        self.step = 0
+        self._signal: int | None = None
+
+    def fit(self, step: Step) -> bool:
+        """Train to the last step; True when it was reached, False when the time limit came first.
+
+        Raises Interrupted after Ctrl-C or SIGTERM, TrainingDiverged when the loss is not finite.
+        """
+        self.resume()
+        log = RunLog(self.folder.log_path, self.optim.steps, self.step)
+        meter = _Meter(self.items_per_step)
+        deadline = _deadline(self.run.max_minutes)
+        with self._signals():
+            while self.step < self.optim.steps:
+                meter.add(self._advance(step))
+                if self.step % self.run.log_every == 0 or self.step == self.optim.steps:
+                    self._log(log, meter)
+                stop = self._signal is not None or time.monotonic() > deadline
+                due = self.step % self.run.checkpoint_every == 0 or self.step == self.optim.steps
+                if stop or due:
+                    self.save()
+                if self._signal is not None:
+                    raise Interrupted(f"{self.folder.name} stopped at step {self.step}")
+                if stop:
+                    return self.step >= self.optim.steps
+        return True
+
+    def averaged(self, name: str) -> dict[str, Tensor]:
+        """State dict of one module with its averaged weights (its own without EMA); a copy."""
+        with self.averaged_weights():
+            state = self.modules[name].state_dict()
+            return {key: tensor.detach().clone() for key, tensor in state.items()}
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Inside, the modules carry the averaged weights (for samples and validation)."""
+        if not self.shadow:
+            yield
+            return
+        own = [p.detach().clone() for p in self.parameters]
+        _copy(self.shadow, self.parameters)
+        try:
+            yield
+        finally:
+            _copy(own, self.parameters)
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step."""
+        modules = {name: module.state_dict() for name, module in self.modules.items()}
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "shadow": self.shadow,
+            "random": self._random_state(),
+        }
+        self.folder.save(self.step, modules, state, self.run.keep_last)
+
+    def resume(self) -> bool:
+        """Load the newest checkpoint of the run folder, if there is one."""
+        checkpoint = self.folder.newest()
+        if checkpoint is None:
+            return False
+        try:
+            self._load(checkpoint)
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise DiffLoRAError(
+                f"The checkpoint in {self.folder.name} does not fit this configuration: {error}",
+                hint="Choose another run.root, or delete that folder to start afresh.",
+            ) from error
+        return True
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        for name, module in self.modules.items():
+            module.load_state_dict(checkpoint.modules[name])
+        self.optimizer.load_state_dict(checkpoint.state["optimizer"])
+        if self.shadow:
+            _copy(checkpoint.state["shadow"], self.shadow)
+        self._set_random_state(checkpoint.state["random"])
+        self.step = checkpoint.step
+
+    def _advance(self, step: Step) -> dict[str, Tensor]:
+        self.optimizer.zero_grad(set_to_none=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr_at(self.step, self.optim)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast()):
+            losses = step(self.step)
+        losses["loss"].backward()
+        if self.optim.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.optim.grad_clip)
+        self.optimizer.step()
+        self.step += 1
+        self._average()
+        return losses
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        if self.shadow:
+            decay = min(self.optim.ema, (1 + self.step) / (10 + self.step))
+            torch._foreach_lerp_(self.shadow, _as_float(self.parameters), 1 - decay)
+
+    def _autocast(self) -> bool:
+        if self.optim.precision == "auto":
+            return self.device.type == "cuda"
+        return self.optim.precision == "bf16"
+
+    def _log(self, log: RunLog, meter: _Meter) -> None:
+        figures = meter.read()
+        log.write(self.step, figures | {"lr": lr_at(self.step - 1, self.optim)})
+        if not math.isfinite(figures["loss"]):
+            raise TrainingDiverged(
+                f"The loss of {self.folder.name} is {figures['loss']} at step {self.step}.",
+                hint="Lower the learning rate; the newest checkpoint is still good.",
+            )
+
+    def _random_state(self) -> dict[str, Tensor]:
+        state = {"torch": torch.get_rng_state(), "generator": self.generator.get_state()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def _set_random_state(self, state: dict[str, Tensor]) -> None:
+        torch.set_rng_state(state["torch"])
+        if self.device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+        # the states of cpu and cuda generators differ in size: a run moved to another device
+        # goes on with a fresh stream rather than failing
+        if state["generator"].numel() == self.generator.get_state().numel():
+            self.generator.set_state(state["generator"])
+        else:
+            self.generator.manual_seed(self.run.seed + self.step + 1)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        def remember(number: int, frame: FrameType | None) -> None:
+            self._signal = number
+
+        signals = (signal.SIGINT, signal.SIGTERM)
+        try:
+            before = [signal.signal(number, remember) for number in signals]
+        except ValueError:  # not the main thread: its owner handles signals
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in zip(signals, before, strict=True):
+                signal.signal(number, handler)
+
+
+def lr_at(step: int, optim: OptimConfig) -> float:
+    """Learning rate of step `step` (0-based): linear warm-up, then half a cosine to `final_lr`."""
+    if step < optim.warmup:
+        return optim.lr * (step + 1) / optim.warmup
+    progress = min((step - optim.warmup) / max(optim.steps - optim.warmup, 1), 1.0)
+    cosine = (1 + math.cos(math.pi * progress)) / 2
+    return optim.lr * (optim.final_lr + (1 - optim.final_lr) * cosine)
+
+
+class _Meter:
+    """Sums the losses on the device; reading them is the only synchronisation."""
+
+    def __init__(self, items_per_step: int) -> None:
+        self.items_per_step = items_per_step
+        self._reset()
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        for name, value in losses.items():
+            total = self.totals.get(name)
+            value = value.detach().float()
+            self.totals[name] = value if total is None else total + value
+        self.steps += 1
+
+    def read(self) -> dict[str, float]:
+        names = list(self.totals)
+        means = (torch.stack([self.totals[name] for name in names]) / self.steps).tolist()
+        rate = self.steps * self.items_per_step / (time.monotonic() - self.start)
+        self._reset()
+        return dict(zip(names, means, strict=True)) | {"items_per_s": rate}
+
+    def _reset(self) -> None:
+        self.totals: dict[str, Tensor] = {}
+        self.steps = 0
+        self.start = time.monotonic()
+
+
+def _adamw(parameters: list[nn.Parameter], optim: OptimConfig) -> torch.optim.AdamW:
+    fused = parameters[0].is_cuda
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=fused, foreach=not fused)
+
+
+def _deadline(max_minutes: float) -> float:
+    return time.monotonic() + 60 * max_minutes if max_minutes > 0 else math.inf
+
+
+@torch.no_grad()
+def _copy(source: list[Tensor], target: Sequence[Tensor]) -> None:
+    torch._foreach_copy_(list(target), source)
+
+
+def _as_float(tensors: list[nn.Parameter]) -> list[Tensor]:
+    return [tensor.detach().float() for tensor in tensors]

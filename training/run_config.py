@@ -1,0 +1,58 @@
+"""Settings that every stage shares: where results go and how the training loop runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where results go, and how often a stage logs and saves."""
+
+    root: str = "runs/mini"
+    """Folder of everything this configuration produces; one folder per stage plus artifacts/."""
+    seed: int = 0
+    """Seed of initial weights, data order and noise."""
+    device: str = "auto"
+    """auto (cuda if there is one, else cpu), cpu, cuda or cuda:N."""
+    max_minutes: float = 0.0
+    """Stop a training loop with a checkpoint after this many minutes; 0 = no limit."""
+    log_every: int = 50
+    """Steps between log lines; losses are read from the device only then."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: int = 2
+    """Checkpoints kept per training loop."""
+
+    def torch_device(self) -> torch.device:
+        """The device to train on."""
+        if self.device != "auto":
+            return torch.device(self.device)
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warm-up, cosine decay, gradient clipping and an averaged copy (EMA)."""
+
+    steps: int = 1000
+    """Optimiser steps."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    warmup: int = 100
+    """Steps of linear warm-up."""
+    final_lr: float = 0.01
+    """Learning rate at the last step as a fraction of the peak."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay; tensors with fewer than two axes (biases, norms) have none."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """AdamW's decay rates of the first and second moments."""
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0 = no clipping."""
+    ema: float = 0.999
+    """Decay of the averaged weights, warmed up as (1+t)/(10+t); 0 = no averaging."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """Arithmetic of the forward pass: auto is bf16 autocast on cuda and fp32 on cpu."""

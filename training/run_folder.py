@@ -1,0 +1,169 @@
+"""A stage's run folder: config copy, environment record, log, samples and resumable checkpoints.
+
+    <run.root>/<stage>/config.toml environment.json log.csv samples/ checkpoints/step_00001000/
+
+A checkpoint is a folder with one safetensors file per module and `state.pt` (optimiser, averaged
+weights, random state; tensors and numbers only, read with weights_only). It is written beside its
+place and renamed, so a checkpoint that has its name is whole.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+Weights = dict[str, dict[str, Tensor]]
+"""Module name -> state dict."""
+
+_STEP_NAME = re.compile(r"step_(\d{8})")
+_RECORDED_PACKAGES = (
+    "torch", "torchvision", "numpy", "diffusers", "transformers", "peft", "open_clip_torch",
+    "insightface", "onnxruntime", "safetensors",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint folder holds."""
+
+    step: int
+    """Optimiser steps done."""
+    modules: Weights
+    """Weights by module name, on cpu."""
+    state: dict[str, Any]
+    """Optimiser, averaged weights and random state, on cpu."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One stage's folder; `part` gives a sub-folder for each training loop of a longer stage."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, root: str | Path, stage: str) -> RunFolder:
+        """Make `<root>/<stage>` (it may exist: that is how a stage resumes)."""
+        folder = cls(Path(root) / stage)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    @property
+    def name(self) -> str:
+        """The folder's last name."""
+        return self.path.name
+
+    @property
+    def log_path(self) -> Path:
+        """The CSV log."""
+        return self.path / "log.csv"
+
+    def part(self, name: str) -> RunFolder:
+        """A run folder inside this one, with a log and checkpoints of its own."""
+        return RunFolder.create(self.path, name)
+
+    def samples(self) -> Path:
+        """The folder for sample pictures (made on the first call)."""
+        path = self.path / "samples"
+        path.mkdir(exist_ok=True)
+        return path
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a text file whole or not at all."""
+        path = self.path / name
+        temporary = path.with_name(f".{name}.{os.getpid()}")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+        return path
+
+    def write_environment(self, device: torch.device) -> Path:
+        """Record versions and the device (no paths, no host name)."""
+        return self.write_text("environment.json", json.dumps(environment(device), indent=2) + "\n")
+
+    def checkpoints(self) -> list[Path]:
+        """Checkpoint folders, oldest first."""
+        found = (self.path / "checkpoints").glob("step_*")
+        return sorted(path for path in found if _STEP_NAME.fullmatch(path.name))
+
+    def has_checkpoints(self) -> bool:
+        """Whether this folder or one of its parts holds a checkpoint."""
+        return any(self.path.glob("**/checkpoints/step_*"))
+
+    def save(self, step: int, modules: Weights, state: dict[str, Any], keep_last: int) -> Path:
+        """Write the checkpoint of `step` atomically, then delete all but the newest `keep_last`."""
+        place = self.path / "checkpoints" / f"step_{step:08d}"
+        temporary = place.with_name(f".{place.name}.{os.getpid()}")
+        temporary.mkdir(parents=True)
+        try:
+            for name, weights in modules.items():
+                save_file(_contiguous(weights), temporary / f"{name}.safetensors")
+            torch.save(state, temporary / "state.pt")
+            if place.exists():
+                shutil.rmtree(place)
+            temporary.rename(place)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for old in self.checkpoints()[: -max(keep_last, 1)]:
+            shutil.rmtree(old)
+        return place
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that reads without error; damaged ones are named in a warning."""
+        for path in reversed(self.checkpoints()):
+            try:
+                return read_checkpoint(path)
+            except (OSError, SafetensorError, RuntimeError, EOFError) as error:
+                logger.warning("checkpoint %s is damaged and is skipped: %s", path.name, error)
+        return None
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint folder onto the cpu."""
+    modules = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    return Checkpoint(int(path.name.removeprefix("step_")), modules, state)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions of Python and the libraries, and the device's name."""
+    versions = {name: _version(name) for name in _RECORDED_PACKAGES}
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu_cores": os.cpu_count(),
+        "device": device_name(device),
+        "packages": {name: version for name, version in versions.items() if version},
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The accelerator's product name, or the number of CPU threads torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _contiguous(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    # clone: safetensors refuses tensors that share memory (tied weights)
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
