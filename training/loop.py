@@ -156,7 +156,8 @@ class Trainer:
     def _average(self) -> None:
         if self.shadow:
             decay = min(self.optim.ema, (1 + self.step) / (10 + self.step))
-            torch._foreach_lerp_(self.shadow, _as_float(self.parameters), 1 - decay)
+            own = [p.detach().float() for p in self.parameters]
+            torch._foreach_lerp_(self.shadow, own, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     def _autocast(self) -> bool:
         if self.optim.precision == "auto":
@@ -259,8 +260,4 @@ def _deadline(max_minutes: float) -> float:
 
 @torch.no_grad()
 def _copy(source: list[Tensor], target: Sequence[Tensor]) -> None:
-    torch._foreach_copy_(list(target), source)
-
-
-def _as_float(tensors: list[nn.Parameter]) -> list[Tensor]:
-    return [tensor.detach().float() for tensor in tensors]
+    torch._foreach_copy_(list(target), source)  # pyright: ignore[reportPrivateImportUsage]
