@@ -1,0 +1,107 @@
+"""Who and what is evaluated: people, photos, references and prompts, all drawn from one seed.
+
+People come from the test range of identity seeds and prompts from the held-out combinations of
+attributes, so no training stage has seen either, whatever the seed.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from training.portraits import describe, identities, parse_prompt, render, sample_scenes
+from training.portraits.factors import SPLIT_SIZE
+
+from .config import EvalConfig
+
+TRIGGER = "sks person"
+"""What a personal LoRA's person is called in prompts."""
+PLAIN = "a person"
+"""What the base model's person is called."""
+MENTION = 0.7
+"""Probability that a prompt mentions an attribute of the scene it was drawn from."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One evaluation: P people with their pictures, Q prompts, one noise seed per picture."""
+
+    person_seeds: Tensor
+    """[P], in the test range."""
+    identity: Tensor
+    """[P, F] in 0..1."""
+    photos: Tensor
+    """The photo that a person gives, [P, 3, 128, 128] in 0..1."""
+    references: Tensor
+    """Other pictures of the same people, [P, R, 3, 128, 128]; only measures see them."""
+    prompts: tuple[str, ...]
+    """Q prompts about "a person"."""
+    wanted: tuple[dict[str, int], ...]
+    """What each prompt asks for."""
+    noise_seeds: Tensor
+    """[P, Q], the same in every row of the table."""
+    real: Tensor
+    """Freshly drawn portraits of other people for FID, [M, 3, 128, 128]."""
+
+    def personal_prompts(self) -> list[str]:
+        """The prompts with the trigger words for the person."""
+        return [personal(prompt) for prompt in self.prompts]
+
+
+def personal(prompt: str) -> str:
+    """A prompt about "a person" as a prompt about the LoRA's person."""
+    return re.sub(rf"\b{PLAIN}\b", TRIGGER, prompt, count=1)
+
+
+def draw_trial(settings: EvalConfig, device: torch.device) -> Trial:
+    """Everything random about an evaluation, on `device`; the same on every machine."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    seeds = torch.randint(SPLIT_SIZE, (settings.people,), generator=generator)
+    identity = identities(seeds, split="test")
+    prompts = draw_prompts(settings.prompts, settings.seed, generator)
+    noise_shape = (settings.people, settings.prompts)
+    return Trial(
+        person_seeds=seeds,
+        identity=identity,
+        photos=draw_photos(identity, 1, generator, device)[:, 0],
+        references=draw_photos(identity, settings.references, generator, device),
+        prompts=tuple(prompts),
+        wanted=tuple(parse_prompt(prompt) for prompt in prompts),
+        noise_seeds=torch.randint(2**31, noise_shape, generator=generator),
+        real=draw_real(settings.fid_pictures, generator, device),
+    )
+
+
+def draw_prompts(count: int, seed: int, generator: torch.Generator) -> list[str]:
+    """`count` different prompts about held-out combinations of attributes."""
+    rng = random.Random(seed)
+    prompts: dict[str, None] = {}
+    while len(prompts) < count:
+        scenes = sample_scenes(count, generator, people=1, split="test")
+        prompts |= dict.fromkeys(describe(scenes, rng, subject=PLAIN, mention=MENTION))
+    return list(prompts)[:count]
+
+
+def draw_photos(
+    identity: Tensor, count: int, generator: torch.Generator, device: torch.device
+) -> Tensor:
+    """`count` photos of each person in random scenes: [P, F] -> [P, count, 3, 128, 128]."""
+    total = len(identity) * count
+    who = identity.repeat_interleave(count, 0)[:, None]
+    scenes = sample_scenes(
+        total, generator, people=1, identity=who, fixed={"style": "photo"}, device=device
+    )
+    return rearrange(render(scenes).images, "(p r) c h w -> p r c h w", r=count)
+
+
+def draw_real(count: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Portraits of other test people in held-out scenes, as the prompts are: [count, 3, H, W]."""
+    seeds = torch.randint(SPLIT_SIZE, (count,), generator=generator)
+    who = identities(seeds, split="test")[:, None]
+    scenes = sample_scenes(count, generator, people=1, identity=who, split="test", device=device)
+    return torch.cat([render(scenes[i : i + 256]).images for i in range(0, count, 256)])

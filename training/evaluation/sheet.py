@@ -1,0 +1,52 @@
+"""A labelled sheet of pictures: one line per kind of picture, one column per person."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+MARGIN = 4
+LABEL_WIDTH = 110
+TITLE_HEIGHT = 18
+
+
+def draw_sheet(lines: Mapping[str, Tensor], titles: list[str] | None = None) -> Image.Image:
+    """Lay out pictures: label -> [columns, 3, H, W] in 0..1; `titles` stand over the columns.
+
+    Errors: ValueError when the lines differ in shape.
+    """
+    shapes = {tuple(pictures.shape) for pictures in lines.values()}
+    if len(shapes) != 1:
+        raise ValueError(f"every line of a sheet needs the same shape, found {sorted(shapes)}")
+    columns, _, height, width = shapes.pop()
+    top = TITLE_HEIGHT if titles else MARGIN
+    size = (LABEL_WIDTH + columns * (width + MARGIN), top + len(lines) * (height + MARGIN))
+    sheet = Image.new("RGB", size, "white")
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=13)
+    for column, title in enumerate(titles or []):
+        pen.text((LABEL_WIDTH + column * (width + MARGIN), 2), title, fill="black", font=font)
+    for line, (label, pictures) in enumerate(lines.items()):
+        y = top + line * (height + MARGIN)
+        text = label.replace(" ", "\n") if pen.textlength(label, font) > LABEL_WIDTH else label
+        pen.text((MARGIN, y + height // 2 - 8), text, fill="black", font=font)
+        for column, picture in enumerate(pictures):
+            sheet.paste(to_image(picture), (LABEL_WIDTH + column * (width + MARGIN), y))
+    return sheet
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """[3, H, W] in 0..1 to an 8-bit picture."""
+    array = (picture.detach().float().clamp(0, 1) * 255).round().byte().cpu()
+    return Image.fromarray(rearrange(array, "c h w -> h w c").numpy())
+
+
+def save_sheet(path: Path, lines: Mapping[str, Tensor], titles: list[str] | None = None) -> Path:
+    """Draw and write a sheet as PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_sheet(lines, titles).save(path)
+    return path
