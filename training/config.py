@@ -22,6 +22,8 @@ from typing import Any
 from difflora_core.config import from_dict, to_dict
 from difflora_core.errors import BadConfig
 
+from .base.config import BaseConfig
+from .base.config import BaseConfig
 from .evaluation.config import EvalConfig
 from .run_config import RunConfig
 
@@ -36,6 +38,8 @@ class Config:
     """Every section; each is a dataclass of the package that uses it."""
 
     run: RunConfig = field(default_factory=RunConfig)
+    base: BaseConfig = field(default_factory=BaseConfig)
+    base: BaseConfig = field(default_factory=BaseConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 
