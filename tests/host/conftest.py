@@ -1,0 +1,62 @@
+"""Tests in a real ComfyUI: `COMFYUI_PATH=... python -m pytest tests/host`, a process of their own.
+
+Without COMFYUI_PATH they are skipped: ComfyUI is no package that a test environment could install.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def _load(name: str) -> object:
+    """Import a helper of this folder; with importlib mode it is no package."""
+    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+comfy_host = _load("comfy_host")
+mini_files = _load("mini_files")
+prompts = _load("prompts")
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
+    """ComfyUI with the pack loaded, on random weights where none are shipped."""
+    comfyui = comfy_host.find_comfyui()
+    if comfyui is None:
+        pytest.skip("needs a ComfyUI: set COMFYUI_PATH to a checkout")
+    yield comfy_host.Host(comfyui, tmp_path_factory.mktemp("comfyui"))
+
+
+@pytest.fixture(scope="session")
+def random_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a mini world of random weights."""
+    folder = tmp_path_factory.mktemp("mini")
+    mini_files.write_random_world(folder)
+    return folder
+
+
+@pytest.fixture
+def base_prompt(host: object, world: Path) -> object:
+    """A function seed -> the stock text-to-image prompt on the mini model."""
+    return lambda seed, **kwargs: prompts.text_to_image(seed, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def world(host: object, random_world: Path) -> Path:
+    """The folder that Load Mini Model opens: the shipped one, else random weights."""
+    module = host.module("nodes.mini_model")
+    if not (module.MINI_FOLDER / "unet.safetensors").is_file():
+        module.MINI_FOLDER = random_world
+    return module.MINI_FOLDER
