@@ -1,4 +1,4 @@
-"""Transformer parts shared by the autoencoder and the denoiser. B batch, T tokens, D token width."""
+"""Transformer parts of autoencoder and denoiser. B batch, T tokens, D token width."""
 
 from __future__ import annotations
 
@@ -88,5 +88,12 @@ def initialise_linear(module: nn.Module) -> None:
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
+            nn.init.zeros_(part.bias)
+
+
+@torch.no_grad()
+def zero_weights(*layers: nn.Module) -> None:
+    """Zero every parameter of `layers`: output layers that a fresh network must not feel."""
+    for layer in layers:
+        for parameter in layer.parameters():
+            parameter.zero_()

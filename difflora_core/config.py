@@ -115,7 +115,9 @@ def _convert_tuple(kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any,
         return tuple(_convert(kinds[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if len(value) != len(kinds):
         raise BadConfig(f"{where} must have {len(kinds)} entries, found {len(value)}.")
-    return tuple(_convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value)))
+    return tuple(
+        _convert(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(kinds, value, strict=True))
+    )
 
 
 def _convert_mapping(kinds: tuple[Any, ...], value: Any, where: str) -> dict[Any, Any]:
@@ -144,7 +146,7 @@ def _convert_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
 
 
 def _kind_of(cls: Any) -> str:
-    return next(f.default for f in dataclasses.fields(cls) if f.name == "kind")
+    return str(next(f.default for f in dataclasses.fields(cls) if f.name == "kind"))
 
 
 def _plain(value: Any) -> Any:

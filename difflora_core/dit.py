@@ -1,9 +1,9 @@
 """Diffusion transformer over LoRA latents, conditioned on time and mixed image features.
 
 Preset `paper` (arXiv 2408.06740): plain DiT blocks, time and features enter through AdaLN only.
-Preset `default`: one modulation network for all blocks (PixArt-alpha, Chen et al. 2023), the features
-also as tokens, and a linear path from the features to the output, because linear regression from an
-embedding is a strong predictor of LoRA weights that a transformer learns late.
+Preset `default`: one modulation network for all blocks (PixArt-alpha, Chen et al. 2023), the
+features also as tokens, and a linear path from the features to the output, because linear
+regression from an embedding is a strong predictor of LoRA weights that a transformer learns late.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from .blocks import ModulatedBlock, initialise_linear, modulate, time_features
+from .blocks import ModulatedBlock, initialise_linear, modulate, time_features, zero_weights
 from .mif import Condition
 
 TIME_FEATURES = 128
@@ -28,7 +28,7 @@ class DitConfig:
     depth: int = 4
     heads: int = 4
     head_width: int = 32
-    """attention has its own inner width heads * head_width (1454 = 2 * 727 has no useful divisor)"""
+    """attention has an inner width of its own: 1454 = 2 * 727 has no useful divisor"""
     mlp_ratio: float = 4.0
     modulation: Literal["per_block", "shared"] = "shared"
     """AdaLN network of its own in each block (DiT), or one for all plus an offset per block"""
@@ -73,17 +73,14 @@ class Dit(nn.Module):
 
     def initialise(self) -> None:
         """Everything about initial weights, after DiT's initialize_weights: Xavier for linear
-        layers; small random positions; all modulations zero, so that every block starts as the
+        layers; random positions; all modulations zero, so that every block starts as the
         identity; output layer and direct path zero, so that a fresh network puts out zero."""
         initialise_linear(self)
         nn.init.normal_(self.position, std=0.5)
-        nn.init.normal_(self.time_in[0].weight, std=0.02)
-        nn.init.normal_(self.time_in[2].weight, std=0.02)
         nn.init.zeros_(self.modulation_offsets)
-        for layer in (*self.modulations, self.final_modulation, self.latent_out):
-            nn.init.zeros_(layer.weight)
+        zero_weights(*self.modulations, self.final_modulation, self.latent_out)
         if self.config.direct:
-            nn.init.zeros_(self.direct.weight)
+            zero_weights(self.direct)
 
     def forward(self, z_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """z_t [B, T, C], t [B] in 0..1, condition of B rows -> [B, T, C]"""
@@ -92,7 +89,7 @@ class Dit(nn.Module):
         x = self.latent_in(z_t) + self.position
         if self.config.condition_tokens:
             x = torch.cat([self.token_in(condition.tokens).to(x.dtype), x], dim=1)
-        for block, modulation in zip(self.blocks, self._modulations(c)):
+        for block, modulation in zip(self.blocks, self._modulations(c), strict=True):
             x = block(x, modulation)
         x = x[:, -z_t.shape[1] :]
         shift, scale = self.final_modulation(c)[:, None].chunk(2, dim=-1)
@@ -106,4 +103,4 @@ class Dit(nn.Module):
         made = [rearrange(layer(c), "b (six d) -> b six d", six=6) for layer in self.modulations]
         if len(made) == 1:
             made = made * self.config.depth
-        return [m + offset for m, offset in zip(made, self.modulation_offsets)]
+        return [m + offset for m, offset in zip(made, self.modulation_offsets, strict=True)]

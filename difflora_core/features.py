@@ -16,6 +16,7 @@ from .config import from_dict, to_dict
 from .errors import BadWeightsFile, DiffLoRAError, LayoutMismatch
 from .weights_file import read_safetensors, write_safetensors
 
+LEAST_QUALITY = 0.05  # so that no photo loses its say by one measure alone
 ODD_ONE_OUT = 0.3  # a photo this far (cosine) below the median agreement shows somebody else
 
 
@@ -28,7 +29,7 @@ class PhotoNote:
     detection: float = 1.0
     """detection score of the face, 0..1"""
     sharpness: float = 1.0
-    """0 = blurred, 1 = sharp"""
+    """of the face, in any unit; only photos of one person are compared"""
     agreement: float = 1.0
     """cosine of its face with the mean of the others"""
     weight: float = 1.0
@@ -140,14 +141,15 @@ def fuse(
 ) -> Features:
     """Weigh the photos of one person against each other.
 
-    face [P, Ef] or None, image [P, Ei] or None, detection and sharpness [P] in 0..1. A photo weighs
-    detection * sharpness * agreement; from three photos on, one that shows somebody else (its face
-    agrees far less than the median photo) is left out.
+    face [P, Ef] or None, image [P, Ei] or None, detection [P] in 0..1, sharpness [P] > 0 in any
+    unit. A photo weighs detection * sharpness^0.5 * agreement; from three photos on, one that shows
+    somebody else (its face agrees far less than the median photo) is left out.
     """
     count = len(detection)
     agreement = torch.ones(count) if face is None else agreements(face)
     odd = odd_ones_out(agreement)
-    quality = detection.clamp_min(0.05) * sharpness.clamp_min(0.05) * agreement.clamp_min(0.05)
+    clear = (sharpness / sharpness.max().clamp_min(1e-8)).sqrt()
+    quality = torch.stack([detection, clear, agreement]).clamp_min(LEAST_QUALITY).prod(0)
     quality = torch.where(odd, torch.zeros_like(quality), quality)
     weights = quality / quality.sum()
     notes = tuple(

@@ -3,8 +3,8 @@
 B A = (B R)(R^-1 A): one LoRA has endless factorisations, so raw factors can neither be averaged nor
 predicted. A space fixes the gauge:
 
-* `frozen_down`: A is one shared row-orthonormal matrix per layer, only B is predicted. Unique; means
-  and interpolations of B are means and interpolations of delta W, and with scale s
+* `frozen_down`: A is one shared row-orthonormal matrix per layer, only B is predicted. Unique;
+  means and interpolations of B are means and interpolations of delta W, and with scale s
   ||dW1 - dW2||_F = s ||B1 - B2||_F.
 * `shared_init`: A and B are predicted, all LoRAs start from the same A.
 * `free`: A and B are predicted, every LoRA starts from its own random A.
@@ -74,7 +74,7 @@ class LoraSpace:
 
     @classmethod
     def for_base(cls, base: str, rank: int = 4, gauge: Gauge = "frozen_down") -> LoraSpace:
-        """All attention projections of the U-Net of `base` ("mini", "sd15", "sdxl"), alpha = rank."""
+        """All attention projections of the U-Net of `base` (mini, sd15, sdxl), alpha = rank."""
         return cls(base, attention_layers(base), rank=rank, alpha=float(rank), gauge=gauge)
 
     @classmethod
@@ -150,7 +150,7 @@ class LoraSpace:
         return Projection(torch.cat(parts).float(), lost)
 
     def unpack(self, vector: Tensor) -> Lora:
-        """The LoRA of one vector [D]; float32 layers with scale alpha / r, on the vector's device."""
+        """The LoRA of one vector [D]: float32, scale alpha / r, on the vector's device."""
         factors = self.unpack_factors(vector.detach().float()[None])
         return Lora(
             {
@@ -178,7 +178,7 @@ class LoraSpace:
     def _split(self, vectors: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         self.check_vectors(vectors)
         r, result = self.rank, {}
-        for spec, part in zip(self.layers, vectors.split(self.counts, dim=-1)):
+        for spec, part in zip(self.layers, vectors.split(self.counts, dim=-1), strict=True):
             up, down = part.split([r * spec.out_features, r * self._down_width(spec)], dim=-1)
             result[spec.name] = (
                 rearrange(down, "b (r i) -> b r i", r=r),

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from .blocks import initialise_linear
+from .blocks import initialise_linear, zero_weights
 from .normalise import Standardise
 
 
@@ -74,8 +74,7 @@ class MixedImageFeatures(nn.Module):
         initialise_linear(self)
         nn.init.normal_(self.no_face, std=0.02)
         nn.init.normal_(self.no_image, std=0.02)
-        nn.init.zeros_(self.gate[3].weight)
-        nn.init.zeros_(self.refine[3].weight)
+        zero_weights(self.gate[3], self.refine[3])
 
     def fit(self, face: Tensor, image: Tensor) -> None:
         """Set the input statistics from embeddings face [N, Ef], image [N, Ei]."""

@@ -196,7 +196,7 @@ class Predictor(nn.Module):
     def save(
         self, path: str | Path, *, dtype: torch.dtype = torch.float16, overwrite: bool = False
     ) -> None:
-        """Write the bundle: tensors in `dtype`, statistics in float32, config JSON in the header."""
+        """Write the bundle: tensors in `dtype`, statistics in float32, config in the header."""
         tensors = {
             name: tensor.detach().cpu().to(torch.float32 if _is_statistic(name) else dtype)
             for name, tensor in self.state_dict().items()

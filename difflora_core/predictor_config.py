@@ -36,12 +36,12 @@ class SamplingConfig:
 class PredictorConfig:
     space: LoraSpace
     mixer: MixerConfig
-    autoencoder: TokensConfig | Conv1dConfig = TokensConfig()
-    dit: DitConfig = DitConfig()
-    diffusion: DiffusionConfig = DiffusionConfig()
-    sampling: SamplingConfig = SamplingConfig()
-    face_encoder: EncoderInfo = EncoderInfo()
-    image_encoder: EncoderInfo = EncoderInfo()
+    autoencoder: TokensConfig | Conv1dConfig = field(default_factory=TokensConfig)
+    dit: DitConfig = field(default_factory=DitConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    face_encoder: EncoderInfo = field(default_factory=EncoderInfo)
+    image_encoder: EncoderInfo = field(default_factory=EncoderInfo)
     name: str = "predictor"
     trigger: str = "sks person"
     """words that call the person in a prompt"""

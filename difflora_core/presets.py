@@ -1,12 +1,12 @@
 """The two presets at every size, and a table of their parameter counts.
 
-`python -m difflora_core.presets` builds each one without memory (meta device) and prints the counts.
+`python -m difflora_core.presets` builds each one on the meta device and prints the counts.
 """
 
 from __future__ import annotations
 
-import logging
 import sys
+from itertools import product
 from typing import Literal
 
 import torch
@@ -15,15 +15,18 @@ from .autoencoder.conv1d import Conv1dConfig
 from .autoencoder.tokens import TokensConfig
 from .diffusion import DiffusionConfig
 from .dit import DitConfig
-from .lora_space import LoraSpace
+from .lora_space import Gauge, LoraSpace
 from .mif import MixerConfig
 from .predictor import Predictor
 from .predictor_config import PredictorConfig, SamplingConfig
 
 Preset = Literal["default", "paper"]
 PARTS = ("autoencoder", "mixer", "dit")
-
-log = logging.getLogger(__name__)
+SHOWN: tuple[tuple[Preset, Gauge], ...] = (
+    ("default", "frozen_down"),
+    ("paper", "frozen_down"),
+    ("paper", "free"),
+)
 
 
 def preset(name: Preset, space: LoraSpace, face_width: int, image_width: int) -> PredictorConfig:
@@ -76,19 +79,11 @@ def count_parameters(config: PredictorConfig) -> dict[str, int]:
 
 def main() -> None:
     columns = (*PARTS, "all", "values", "latent")
-    rows = [f"{'predictor':<28}" + "".join(f"{c:>14}" for c in columns)]
-    for base in ("mini", "sd15", "sdxl"):
-        for name, gauge in (
-            ("default", "frozen_down"),
-            ("paper", "frozen_down"),
-            ("paper", "free"),
-        ):
-            config = preset(name, LoraSpace.for_base(base, gauge=gauge), 512, 512)
-            counts = count_parameters(config)
-            rows.append(
-                f"{base + ' ' + name + ' ' + gauge:<28}"
-                + "".join(f"{counts[c]:>14,}" for c in columns)
-            )
+    rows = [f"{'predictor':<28}" + "".join(f"{column:>14}" for column in columns)]
+    for base, (name, gauge) in product(("mini", "sd15", "sdxl"), SHOWN):
+        counts = count_parameters(preset(name, LoraSpace.for_base(base, gauge=gauge), 512, 512))
+        title = f"{base} {name} {gauge}"
+        rows.append(f"{title:<28}" + "".join(f"{counts[column]:>14,}" for column in columns))
     sys.stdout.write("\n".join(rows) + "\n")
 
 

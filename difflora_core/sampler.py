@@ -31,7 +31,7 @@ def sample(
     steps: int,
     progress: Progress | None = None,
 ) -> Tensor:
-    """DDIM from t = 1 to 0 in equal steps of t; noise [N, T, C] -> z_0 [N, T, C]. Differentiable."""
+    """DDIM from t = 1 to 0 in equal steps; noise [N, T, C] -> z_0 [N, T, C]. Differentiable."""
     if not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"steps must be 1 to {MAX_STEPS}, found {steps}")
     times = torch.linspace(1, 0, steps + 1, device=noise.device)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..blocks import zero_weights
 from ..lora_space import LoraSpace
 
 GROUPS = 8  # of the group normalisations
@@ -57,7 +59,7 @@ class ResidualBlock(nn.Module):
 
 
 class Conv1dAutoencoder(nn.Module):
-    """Values in standard units [B, D] <-> latent [B, T, C], T = D / stride ** stages, rounded up."""
+    """Values in standard units [B, D] <-> latent [B, T, C], T = D / stride^stages, rounded up."""
 
     def __init__(self, config: Conv1dConfig, space: LoraSpace) -> None:
         super().__init__()
@@ -67,24 +69,15 @@ class Conv1dAutoencoder(nn.Module):
         length = math.ceil(space.size / shortening)
         self.padding = length * shortening - space.size
         self.latent_shape = (length, config.channels)
-        how = {"kernel_size": 2 * stride, "stride": stride, "padding": stride // 2}
-        inputs = (1, *widths[:-1])
         self.encoder = nn.Sequential(
-            *(
-                nn.Sequential(nn.Conv1d(i, o, **how), ResidualBlock(o))
-                for i, o in zip(inputs, widths)
-            ),
+            *(_shorten(i, o, stride) for i, o in pairwise((1, *widths))),
             nn.GroupNorm(GROUPS, widths[-1]),
             nn.Conv1d(widths[-1], config.channels, 1),
         )
         self.position = nn.Parameter(torch.empty(widths[-1], length))
         self.decoder_in = nn.Conv1d(config.channels, widths[-1], 1)
-        self.decoder = nn.Sequential(
-            *(
-                nn.Sequential(ResidualBlock(o), nn.SiLU(), nn.ConvTranspose1d(o, i, **how))
-                for i, o in zip(inputs[::-1], widths[::-1])
-            )
-        )
+        self.decoder = nn.Sequential(*(_lengthen(i, o, stride) for i, o in pairwise(widths[::-1])))
+        self.decoder_out = _lengthen(widths[0], 1, stride)
         self.initialise()
 
     def initialise(self) -> None:
@@ -93,9 +86,8 @@ class Conv1dAutoencoder(nn.Module):
         nn.init.normal_(self.position, std=0.5)
         for block in self.modules():
             if isinstance(block, ResidualBlock):
-                nn.init.zeros_(block.layers[-1].weight)
-        nn.init.zeros_(self.decoder[-1][-1].weight)
-        nn.init.zeros_(self.decoder[-1][-1].bias)
+                zero_weights(block.layers[-1])
+        zero_weights(self.decoder_out[-1])
 
     def encode(self, values: Tensor) -> Tensor:
         """[B, D] in standard units -> latent [B, T, C]"""
@@ -105,4 +97,16 @@ class Conv1dAutoencoder(nn.Module):
     def decode(self, latent: Tensor) -> Tensor:
         """latent [B, T, C] -> [B, D] in standard units"""
         x = self.decoder_in(rearrange(latent, "b t c -> b c t")) + self.position
-        return self.decoder(x)[:, 0, : self.size]
+        return self.decoder_out(self.decoder(x))[:, 0, : self.size]
+
+
+def _shorten(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    """[B, inputs, N] -> [B, outputs, N / stride]"""
+    convolution = nn.Conv1d(inputs, outputs, 2 * stride, stride, padding=stride // 2)
+    return nn.Sequential(convolution, ResidualBlock(outputs))
+
+
+def _lengthen(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    """[B, inputs, N] -> [B, outputs, N * stride]"""
+    convolution = nn.ConvTranspose1d(inputs, outputs, 2 * stride, stride, padding=stride // 2)
+    return nn.Sequential(ResidualBlock(inputs), nn.SiLU(), convolution)

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..blocks import Block, initialise_linear
+from ..blocks import Block, initialise_linear, zero_weights
 from ..lora_space import LoraSpace
 
 
@@ -73,7 +73,8 @@ class LayerHeads(nn.Module):
         for count, group in self.members.items():
             stacked = torch.stack([parts[i] for i in group])  # [G, B, n]
             stacked = stacked - self.offsets[str(count)][:, None]
-            for i, coefficients in zip(group, torch.bmm(stacked, self.directions[str(count)])):
+            made = torch.bmm(stacked, self.directions[str(count)])
+            for i, coefficients in zip(group, made, strict=True):
                 found[i] = coefficients
         return torch.stack(found, dim=1)
 
@@ -84,18 +85,18 @@ class LayerHeads(nn.Module):
             chosen = torch.stack([coefficients[:, i] for i in group])  # [G, B, basis]
             offset = self.offsets[str(count)][:, None]
             made = torch.bmm(chosen, self.directions[str(count)].mT) + offset
-            for i, values in zip(group, made):
+            for i, values in zip(group, made, strict=True):
                 parts[i] = values
         return torch.cat(parts, dim=-1)
 
 
 class LayerPosition(nn.Module):
-    """Embedding of each layer: that of its transformer block plus that of its kind of projection."""
+    """Embedding of each layer: that of its block plus that of its kind of projection."""
 
     def __init__(self, names: Sequence[str], width: int) -> None:
         super().__init__()
         pairs = [split_layer_name(name) for name in names]
-        blocks, kinds = (list(dict.fromkeys(side)) for side in zip(*pairs))
+        blocks, kinds = (list(dict.fromkeys(side)) for side in zip(*pairs, strict=True))
         self.block_rows = [blocks.index(block) for block, _ in pairs]
         self.kind_rows = [kinds.index(kind) for _, kind in pairs]
         self.blocks = nn.Parameter(torch.empty(len(blocks), width))
@@ -136,10 +137,10 @@ class TokensAutoencoder(nn.Module):
         for position in (self.encoder_position, self.decoder_position):
             position.initialise()
         self.layer_heads.initialise()
-        for block in (*self.encoder_blocks, *self.decoder_blocks):
-            nn.init.zeros_(block.attention.out.weight)
-            nn.init.zeros_(block.mlp[2].weight)
-        nn.init.zeros_(self.decoder_out[1].weight)
+        for part in self.modules():
+            if isinstance(part, Block):
+                zero_weights(part.attention.out, part.mlp[2])
+        zero_weights(self.decoder_out[1])
 
     def encode(self, values: Tensor) -> Tensor:
         """[B, D] in standard units -> latent [B, L, C]"""

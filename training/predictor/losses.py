@@ -16,9 +16,9 @@ def weight_preserved_loss(predicted: Tensor, target: Tensor, emphasis: float = 1
     """Reconstruction error that counts large weights more; a scalar.
 
     DiffLoRA (arXiv 2408.06740) adds a "weight-preserved" loss so that weights of large magnitude
-    are reconstructed better; its formula is not public. Our reading: every squared error is weighted
-    by 1 + emphasis * |target| / mean |target|, the mean taken over each LoRA. emphasis 0 is the
-    plain mean squared error.
+    are reconstructed better; its formula is not public. Our reading: every squared error is
+    weighted by 1 + emphasis * |target| / mean |target|, the mean taken over each LoRA. emphasis 0
+    is the plain mean squared error.
     """
     magnitude = target.abs()
     relative = magnitude / magnitude.mean(-1, keepdim=True).clamp_min(TINY)
@@ -59,7 +59,7 @@ def delta_loss(space: LoraSpace, predicted: Tensor, target: Tensor, norm: float 
 
 
 def relative_delta_error(space: LoraSpace, predicted: Tensor, target: Tensor) -> Tensor:
-    """||dW1 - dW2||^2 / ||dW2||^2 over all layers, mean over the batch: 0 exact, 1 predicts zero."""
+    """||dW1 - dW2||^2 / ||dW2||^2 over all layers, mean over the batch: 0 exact, 1 for zero."""
     squared = delta_terms(space, predicted, target).squared.sum(-1)
     size = _inner_products(space, target, target).sum(-1)
     return (squared / size.clamp_min(TINY)).mean()
