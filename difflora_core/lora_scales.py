@@ -1,0 +1,63 @@
+"""The scale of a layer: alpha / rank, from wherever a file keeps alpha."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from .errors import BadLoraFile
+from .header import json_field
+
+
+def scale_from_alpha(name: str, alpha: Tensor, rank: int) -> float:
+    """Scale of a layer with its own alpha tensor: any numeric type with exactly one element.
+
+    A stored 0 means no effect, as in ComfyUI. Raises BadLoraFile for anything else.
+    """
+    value = float(alpha.double()) if alpha.numel() == 1 else math.nan
+    if not math.isfinite(value):
+        raise BadLoraFile(
+            f"The alpha of {name} is not one finite number: shape {list(alpha.shape)}.",
+            hint="Save the LoRA again, with alpha in float32.",
+        )
+    return value / rank
+
+
+class ConfiguredScales:
+    """Scales of files without alpha tensors.
+
+    PEFT keeps them in `adapter_config.json` beside the file, diffusers since 2025 in the header
+    field `lora_adapter_metadata`, whose keys carry the component. Without either the scale is 1.
+    """
+
+    def __init__(self, metadata: Mapping[str, str], adapter_config: Mapping | None = None) -> None:
+        self._by_component: dict[str, dict] = {}
+        for key, value in json_field(metadata, "lora_adapter_metadata").items():
+            component, _, field = key.partition(".")
+            self._by_component.setdefault(component, {})[field] = value
+        self._otherwise = dict(adapter_config or {})
+
+    def scale(self, name: str, rank: int) -> float | None:
+        """Scale of the layer with canonical `name`; None where nothing is configured."""
+        component, _, path = name.partition(".")
+        config = self._by_component.get(component) or self._otherwise
+        alpha = _by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha"))
+        if not isinstance(alpha, int | float):
+            return None
+        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _by_pattern(patterns: object, path: str, default: object) -> object:
+    """PEFT's rule: a pattern names the end of a module path, and may be a regular expression."""
+    if not isinstance(patterns, dict):
+        return default
+    for pattern, value in patterns.items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", path):
+                return value
+        except re.error:
+            continue
+    return default
