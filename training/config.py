@@ -23,8 +23,9 @@ from difflora_core.config import from_dict, to_dict
 from difflora_core.errors import BadConfig
 
 from .base.config import BaseConfig
-from .base.config import BaseConfig
+from .encoders.config import EncodersConfig
 from .evaluation.config import EvalConfig
+from .loras.config import LorasConfig
 from .run_config import RunConfig
 
 if sys.version_info >= (3, 11):
@@ -39,7 +40,8 @@ class Config:
 
     run: RunConfig = field(default_factory=RunConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
-    base: BaseConfig = field(default_factory=BaseConfig)
+    encoders: EncodersConfig = field(default_factory=EncodersConfig)
+    loras: LorasConfig = field(default_factory=LorasConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 
