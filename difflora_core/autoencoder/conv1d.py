@@ -27,7 +27,7 @@ GROUPS = 8  # of the group normalisations
 @dataclass(frozen=True)
 class Conv1dConfig:
     kind: Literal["conv1d"] = "conv1d"
-    widths: tuple[int, ...] = (32, 64, 64, 64)
+    widths: tuple[int, ...] = (16, 32, 64, 96)
     """channels after each stage"""
     stride: int = 4
     """shortening of each stage, even; the vector is padded to a multiple of stride ** stages"""
