@@ -1,0 +1,279 @@
+"""Faces by InsightFace: found at several sizes, numbered from left to right, embedded.
+
+The only module that imports insightface, and only when an encoder is opened. Nothing is ever
+downloaded: the packs are the user's own files (or the drawn-world pack that ships with us).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import BadWeightsFile, DiffLoRAError, NoFaceFound
+from .face_crop import numbered_crops, sharpness
+from .photos import Pixels
+
+Choice = Literal["largest", "leftmost", "rightmost", "topmost", "center"] | int
+"""Which face: by size or place, or by its number, counted from 1 at the left."""
+
+CHOICES: tuple[str, ...] = ("largest", "leftmost", "rightmost", "topmost", "center")
+#: tried in turn until a face is found: a detector misses faces that fill its whole field
+DETECTION_SIZES = (640, 448, 320, 256, 192, 128)
+#: small pictures are not enlarged beyond this, where a detector only sees blur
+MAX_ENLARGEMENT = 2.5
+#: border added on each side, as a share of the longer side, when no size finds a face
+CLOSE_UP_BORDER = 0.5
+
+
+@dataclass(frozen=True)
+class Face:
+    """One face of a picture."""
+
+    box: NDArray[np.float32]
+    """x1, y1, x2, y2 in pixels; may reach beyond the picture."""
+    landmarks: NDArray[np.float32]
+    """[5, 2] in pixels: eye on the picture's left, other eye, nose, corners of the mouth."""
+    score: float
+    """The detector's confidence, 0..1."""
+    embedding: NDArray[np.float32]
+    """[D], as the recogniser gives it: its length says how clear the face is."""
+    sharpness: float
+    """Variance of the Laplacian of the aligned face; a blurred face has a low one."""
+    picture: tuple[int, int]
+    """Width and height of the picture in pixels."""
+
+    @property
+    def unit_embedding(self) -> NDArray[np.float32]:
+        """The embedding at length 1; the cosine of two faces is the dot product of theirs."""
+        return self.embedding / max(float(np.linalg.norm(self.embedding)), 1e-8)
+
+    @property
+    def area(self) -> float:
+        """Of the box, in square pixels."""
+        return float((self.box[2] - self.box[0]) * (self.box[3] - self.box[1]))
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        """Of the box, in pixels."""
+        x1, y1, x2, y2 = self.box.tolist()
+        return (x1 + x2) / 2, (y1 + y2) / 2
+
+
+@dataclass(frozen=True)
+class FaceEncoder:
+    """A detector and a recogniser from an InsightFace pack."""
+
+    analysis: Any
+    """insightface.app.FaceAnalysis, prepared."""
+    name: str
+    """The pack's name, stored with the features it makes."""
+    sizes: tuple[int, ...] = field(default=DETECTION_SIZES)
+    """Detection sizes in the order in which they are tried."""
+
+    @classmethod
+    def open(
+        cls,
+        root: str | Path,
+        name: str = "mini",
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+    ) -> FaceEncoder:
+        """Open the pack `name`: root/models/name, root/name, or root itself if it is the pack.
+
+        Packs that were unpacked into a folder of their own name inside (antelopev2) are accepted.
+        Errors: BadWeightsFile when there is no usable pack, DiffLoRAError when insightface is
+        missing or a provider is not available.
+        """
+        folder = find_pack(Path(root), name)
+        analysis_class = _insightface().FaceAnalysis
+        _check_providers(providers)
+        try:
+            analysis = analysis_class(
+                name=str(folder),
+                allowed_modules=["detection", "recognition"],
+                providers=list(providers),
+            )
+        except AssertionError as error:
+            raise _incomplete(folder, "a detector") from error
+        analysis.prepare(ctx_id=-1 if list(providers) == ["CPUExecutionProvider"] else 0)
+        if "recognition" not in analysis.models:
+            raise _incomplete(folder, "a recogniser")
+        return cls(analysis, name)
+
+    @classmethod
+    def wrap(cls, analysis: Any, name: str = "") -> FaceEncoder:
+        """Take the FaceAnalysis object that another node pack has loaded, or a holder of one.
+
+        Errors: DiffLoRAError when it is something else or was loaded without a recogniser.
+        """
+        if isinstance(analysis, cls):
+            return analysis
+        for attribute in ("analysis", "face_analysis"):
+            analysis = getattr(analysis, attribute, analysis)
+        models = getattr(analysis, "models", None)
+        if not isinstance(models, dict) or not hasattr(models.get("detection"), "detect"):
+            raise DiffLoRAError(
+                f"The connected {type(analysis).__name__} is not an InsightFace analysis.",
+                hint="Use our Load Face Encoder, or a loader of InsightFace from another pack.",
+            )
+        if "recognition" not in models:
+            raise DiffLoRAError(
+                "The connected InsightFace analysis was loaded without its recogniser.",
+                hint="Use our Load Face Encoder, which loads detector and recogniser.",
+            )
+        folder = Path(str(getattr(analysis, "model_dir", "") or "insightface"))
+        return cls(analysis, name or folder.name)
+
+    def faces(self, image: Pixels) -> list[Face]:
+        """Every face of a picture [H, W, 3], uint8 RGB, from left to right; empty if none."""
+        bgr = np.ascontiguousarray(image[..., ::-1])
+        boxes, points = self._detect(bgr)
+        found = [self._describe(image, bgr, b, p) for b, p in zip(boxes, points, strict=True)]
+        return sorted(found, key=lambda face: face.centre)
+
+    def face(self, image: Pixels, choice: Choice = "largest") -> Face:
+        """The chosen face of a picture. Errors: NoFaceFound."""
+        return choose_face(self.faces(image), choice)
+
+    def _detect(self, bgr: Pixels) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Boxes with scores [N, 5] and landmarks [N, 5, 2], in pixels of the picture."""
+        found = self._detect_at_sizes(bgr)
+        if len(found[0]):
+            return found
+        border = round(max(bgr.shape[:2]) * CLOSE_UP_BORDER)
+        padded = np.pad(bgr, ((border, border), (border, border), (0, 0)))
+        boxes, points = self._detect_at_sizes(padded)
+        boxes[:, :4] -= border
+        return boxes, points - border
+
+    def _detect_at_sizes(self, bgr: Pixels) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        limit = max(MAX_ENLARGEMENT * max(bgr.shape[:2]), min(self.sizes))
+        for size in (s for s in self.sizes if s <= limit):
+            # the size must be an argument: since insightface 1.0 the attribute is ignored
+            boxes, points = self.analysis.models["detection"].detect(bgr, input_size=(size, size))
+            if points is not None and len(boxes):
+                return boxes.astype(np.float32), points.astype(np.float32)
+        return np.zeros((0, 5), np.float32), np.zeros((0, 5, 2), np.float32)
+
+    def _describe(
+        self, image: Pixels, bgr: Pixels, box: NDArray[np.float32], points: NDArray[np.float32]
+    ) -> Face:
+        face = _insightface_common().Face(bbox=box[:4], kps=points, det_score=box[4])
+        embedding = self.analysis.models["recognition"].get(bgr, face)
+        return Face(
+            box=box[:4],
+            landmarks=points,
+            score=float(box[4]),
+            embedding=np.asarray(embedding, np.float32).reshape(-1),
+            sharpness=sharpness(image, points),
+            picture=(image.shape[1], image.shape[0]),
+        )
+
+
+def choose_face(faces: Sequence[Face], choice: Choice | str = "largest") -> Face:
+    """One of the faces of a picture: by size, place, or number (1 = leftmost; "2" works too).
+
+    Places compare the centres of boxes; "center" is the face nearest to the picture's middle.
+    Errors: NoFaceFound when there is none, or none of that number, naming how many there are.
+    """
+    if not faces:
+        raise NoFaceFound(
+            "No face was found in the picture.",
+            hint="Use a photo in which the face is large, sharp and turned to the camera.",
+        )
+    if isinstance(choice, int) or str(choice).strip().isdecimal():
+        return _numbered(faces, int(choice))
+    orders = {
+        "largest": lambda face: -face.area,
+        "leftmost": lambda face: face.centre[0],
+        "rightmost": lambda face: -face.centre[0],
+        "topmost": lambda face: face.centre[1],
+        "center": _distance_from_middle,
+    }
+    if choice not in orders:
+        raise DiffLoRAError(
+            f"There is no face choice {choice!r}.",
+            hint=f"Choose one of {', '.join(CHOICES)}, or a number.",
+        )
+    return min(faces, key=orders[choice])
+
+
+def face_previews(image: Pixels, faces: Sequence[Face], size: int = 160) -> Pixels:
+    """Crops with the numbers that `choose_face` takes: uint8 [N, size, size, 3]."""
+    return numbered_crops(image, [face.box.tolist() for face in faces], size)
+
+
+def find_pack(root: Path, name: str) -> Path:
+    """The folder that holds a pack's ONNX files. Errors: BadWeightsFile, naming what was found."""
+    places = [root / "models" / name, root / name]
+    places += [root] if root.name == name else []
+    for place in places:
+        for folder in (place, place / name, *_subfolders(place)):
+            if any(folder.glob("*.onnx")):
+                return folder
+    present = next((p for p in places if p.is_dir()), None)
+    if present is not None:
+        raise _incomplete(present, "any ONNX file")
+    archive = next((p for p in (p.with_suffix(".zip") for p in places) if p.is_file()), None)
+    hint = f"Put its .onnx files into {places[0]}."
+    if archive is not None:
+        hint = f"{archive} is still packed: unpack it into {places[0]}."
+    raise BadWeightsFile(f"The face pack {name!r} is not in {root}.", hint=hint)
+
+
+def _numbered(faces: Sequence[Face], number: int) -> Face:
+    if 1 <= number <= len(faces):
+        return sorted(faces, key=lambda face: face.centre)[number - 1]
+    found = "1 face was" if len(faces) == 1 else f"{len(faces)} faces were"
+    raise NoFaceFound(
+        f"There is no face number {number}: {found} found in the picture.",
+        hint=f"Choose a number from 1 (leftmost) to {len(faces)}, or 'largest'.",
+    )
+
+
+def _distance_from_middle(face: Face) -> float:
+    width, height = face.picture
+    return (face.centre[0] - width / 2) ** 2 + (face.centre[1] - height / 2) ** 2
+
+
+def _subfolders(place: Path) -> list[Path]:
+    return sorted(p for p in place.iterdir() if p.is_dir()) if place.is_dir() else []
+
+
+def _incomplete(folder: Path, missing: str) -> BadWeightsFile:
+    names = sorted(p.name for p in folder.iterdir())
+    found = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
+    return BadWeightsFile(
+        f"The face pack in {folder} lacks {missing}; found there: {found}.",
+        hint="A pack holds a detector and a recogniser as .onnx files; unpack it again.",
+    )
+
+
+def _check_providers(providers: Sequence[str]) -> None:
+    available = import_module("onnxruntime").get_available_providers()
+    missing = [name for name in providers if name not in available]
+    if missing:
+        raise DiffLoRAError(
+            f"ONNX Runtime has no {missing[0]} here; it has {', '.join(available)}.",
+            hint="Choose CPUExecutionProvider, or install the onnxruntime build for your GPU.",
+        )
+
+
+def _insightface() -> ModuleType:
+    try:
+        return import_module("insightface.app")
+    except ImportError as error:
+        raise DiffLoRAError(
+            f"Reading faces needs the package insightface, which cannot be imported ({error}).",
+            hint="Install it with: pip install 'insightface>=1.0.1' onnxruntime",
+        ) from error
+
+
+def _insightface_common() -> ModuleType:
+    return import_module("insightface.app.common")

@@ -1,0 +1,70 @@
+"""Training of one encoder within a number of steps or of minutes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from ..loop import Step, Trainer
+from ..run_config import OptimConfig, RunConfig
+from ..run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+_WARM, _TIMED = 5, 20
+#: share of the time for which steps are planned; the rest is reserve
+_PLANNED = 0.85
+
+
+def train(
+    modules: dict[str, nn.Module],
+    optim: OptimConfig,
+    run: RunConfig,
+    folder: RunFolder,
+    step: Step,
+    *,
+    batch: int,
+    minutes: float = 0.0,
+) -> Trainer:
+    """Train to the last step or until the time is up; returns the trainer with its weights."""
+    if minutes > 0:
+        planned = _planned_steps(modules, folder, step, minutes)
+        optim = replace(optim, steps=min(optim.steps, planned))
+        run = replace(run, max_minutes=minutes)
+    optim = replace(optim, warmup=min(optim.warmup, optim.steps // 10))
+    trainer = Trainer(modules, optim, run, folder, items_per_step=batch)
+    logger.info("%s: %d steps of %d", folder.name, optim.steps, batch)
+    trainer.fit(step)
+    return trainer
+
+
+def _planned_steps(
+    modules: dict[str, nn.Module], folder: RunFolder, step: Step, minutes: float
+) -> int:
+    """Steps that fit the time, measured once per run folder so that a resumed run agrees."""
+    path = folder.path / "plan.json"
+    if path.exists():
+        return int(json.loads(path.read_text(encoding="utf-8"))["steps"])
+    device = next(p.device for m in modules.values() for p in m.parameters())
+    for i in range(_WARM + _TIMED):
+        if i == _WARM:
+            _finish(device)
+            start = time.monotonic()
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = step(i)["loss"]
+        loss.backward()
+    _finish(device)
+    seconds = (time.monotonic() - start) / _TIMED
+    steps = max(int(_PLANNED * 60 * minutes / seconds), 1)
+    folder.write_text("plan.json", json.dumps({"steps": steps, "seconds_per_step": seconds}))
+    return steps
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,129 @@
+"""Stage train-encoders: trains the encoders that `encoders.only` names, one by one or at once."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch.multiprocessing as multiprocessing
+
+from difflora_core.errors import BadConfig
+from difflora_core.recogniser import ConvNeXtConfig, IResNetConfig
+
+from ..artifacts import artifacts_folder, record_artifact, save_artifact
+from ..config import Config
+from ..run_folder import RunFolder
+from .attributes import train_attribute_heads, train_self_supervised
+from .config import NAMES
+from .detector import measure_detector, train_detector
+from .image_encoder import train_image_encoder
+from .recogniser import measure_recogniser, train_recogniser
+
+logger = logging.getLogger(__name__)
+
+Figures = dict[str, float]
+#: added to run.seed: the metric recogniser shares neither weights nor pictures with the other
+_METRIC_SEED = 7919
+
+
+def run(config: Config, folder: RunFolder) -> None:
+    """Train the chosen encoders and write them to the artifacts folder, figures included."""
+    for name in config.encoders.only:
+        if name not in NAMES:
+            nearest = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
+            raise BadConfig(
+                f"encoders.only names {name!r}; encoders are {', '.join(NAMES)}.",
+                hint=f"Did you mean {nearest}?",
+            )
+    artifacts_folder(config).mkdir(parents=True, exist_ok=True)
+    if config.encoders.parallel and len(config.encoders.only) > 1:
+        _train_at_once(config, folder)
+    else:
+        for name in config.encoders.only:
+            train_one(name, config, folder.path)
+    for name in config.encoders.only:
+        figures = json.loads((folder.path / name / "figures.json").read_text(encoding="utf-8"))
+        record_artifact(config, f"{name}.safetensors", figures)
+        logger.info("%s: %s", name, ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+
+
+def train_one(name: str, config: Config, path: Path) -> None:
+    """Train one encoder, write its artifact, and its figures into its run folder."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    folder = RunFolder(path).part(name)
+    start = time.monotonic()
+    figures = _TRAINERS[name](config, folder)
+    figures["minutes"] = (time.monotonic() - start) / 60
+    folder.write_text("figures.json", json.dumps(figures, indent=2) + "\n")
+
+
+def _train_at_once(config: Config, folder: RunFolder) -> None:
+    """Each encoder in a process of its own; the first failure ends the stage."""
+    context = multiprocessing.get_context("spawn")
+    workers = [
+        context.Process(target=train_one, args=(name, config, folder.path), name=name)
+        for name in config.encoders.only
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    failed = [worker.name for worker in workers if worker.exitcode]
+    if failed:
+        raise RuntimeError(f"training failed for {', '.join(failed)}; see the messages above")
+
+
+def _detector(config: Config, folder: RunFolder) -> Figures:
+    detector = train_detector(config.encoders, config.run, folder)
+    figures = measure_detector(detector, config.run.seed, config.encoders.check_people)
+    header = {"widths": list(config.encoders.detector.widths), "figures": figures}
+    save_artifact(config, "detector", detector.state_dict(), header)
+    return figures
+
+
+def _recogniser(config: Config, folder: RunFolder) -> Figures:
+    settings = config.encoders.recogniser
+    model = train_recogniser(config.encoders, settings, IResNetConfig(), config.run, folder)
+    model.save(artifacts_folder(config) / "recogniser.safetensors", overwrite=True)
+    return measure_recogniser(model, config.encoders.check_people, config.run.seed)
+
+
+def _metric_recogniser(config: Config, folder: RunFolder) -> Figures:
+    settings, seed = config.encoders.metric_recogniser, config.run.seed + _METRIC_SEED
+    run = replace(config.run, seed=seed)
+    model = train_recogniser(config.encoders, settings, ConvNeXtConfig(), run, folder)
+    model.save(artifacts_folder(config) / "metric_recogniser.safetensors", overwrite=True)
+    return measure_recogniser(model, config.encoders.check_people, config.run.seed)
+
+
+def _image_encoder(config: Config, folder: RunFolder) -> Figures:
+    encoder = train_image_encoder(config.encoders, config.run, folder)
+    encoder.save(artifacts_folder(config) / "image_encoder.safetensors", overwrite=True)
+    return dict(encoder.config.figures)
+
+
+def _attribute_heads(config: Config, folder: RunFolder) -> Figures:
+    net = train_attribute_heads(config.encoders, config.run, folder)
+    net.save(artifacts_folder(config) / "attribute_heads.safetensors")
+    return dict(net.config.figures)
+
+
+def _self_supervised(config: Config, folder: RunFolder) -> Figures:
+    net = train_self_supervised(config.encoders, config.run, folder)
+    net.save(artifacts_folder(config) / "self_supervised.safetensors")
+    return {"parameters": float(sum(p.numel() for p in net.parameters()))}
+
+
+_TRAINERS: dict[str, Callable[[Config, RunFolder], Figures]] = {
+    "detector": _detector,
+    "recogniser": _recogniser,
+    "metric_recogniser": _metric_recogniser,
+    "image_encoder": _image_encoder,
+    "attribute_heads": _attribute_heads,
+    "self_supervised": _self_supervised,
+}
