@@ -48,6 +48,8 @@ def read_lora_tensors(
     Raises BadLoraFile, saying what the file is or which layer is wrong.
     """
     metadata = dict(metadata or {})
+    if not tensors:
+        raise BadLoraFile("This file holds no tensors.")
     refuse_foreign(tensors)
     refuse_other_families(tensors)
     warnings: list[str] = []
@@ -153,9 +155,13 @@ def _layer(
         warnings.append(f"{name} has rank 0; left out.")
         return None
     _refuse_misfits(name, group, table)
-    tensors = {role: _usable(group.keys[role], tensor) for role, tensor in group.tensors.items()}
+    tensors = {
+        role: _usable(group.keys[role], tensor)
+        for role, tensor in group.tensors.items()
+        if role != "alpha"
+    }
     rank = tensors["up"].shape[1]
-    if "alpha" in tensors:
+    if "alpha" in group.tensors:
         scale = scale_from_alpha(name, group.tensors["alpha"], rank)
     else:
         scale = scales.scale(name, rank)
