@@ -106,7 +106,8 @@ def numbered_crops(image: Pixels, boxes: Sequence[Sequence[float]], size: int = 
 
 def sharpness(image: Pixels, landmarks: NDArray[np.float32]) -> float:
     """Variance of the Laplacian over the aligned grey face (0..255): higher is sharper."""
-    grey = aligned_pixels(image, landmarks).astype(np.float32) @ np.float32([0.299, 0.587, 0.114])
+    luma = np.array([0.299, 0.587, 0.114], np.float32)
+    grey = aligned_pixels(image, landmarks).astype(np.float32) @ luma
     centre = grey[1:-1, 1:-1]
     laplacian = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * centre
     return float(laplacian.var())

@@ -45,9 +45,13 @@ class ImageEncoderConfig:
 class ImageEncoder(nn.Module):
     """Pictures to embedding and patch tokens; prompts to embeddings."""
 
-    def __init__(self, clip: nn.Module, config: ImageEncoderConfig) -> None:
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, clip: Any, config: ImageEncoderConfig) -> None:
         super().__init__()
-        self.clip, self.config = clip, config
+        self.config = config
+        self.clip: Any = clip
         self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)
         if hasattr(self.visual, "output_tokens"):
@@ -145,7 +149,7 @@ def _open_ours(path: Path) -> ImageEncoder:
     return encoder
 
 
-def _load(clip: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+def _load(clip: Any, state: Mapping[str, Tensor], path: Path) -> None:
     try:
         clip.load_state_dict({k: v.float() for k, v in state.items()})
     except RuntimeError as error:

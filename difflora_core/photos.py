@@ -128,12 +128,13 @@ def _to_uint8(values: NDArray[Any]) -> Pixels:
             "The picture holds values that are not numbers (NaN or infinity).",
             hint="A black or broken decode upstream is the usual cause; try a full-precision VAE.",
         )
-    if values.dtype.kind == "f" and -0.1 <= values.min(initial=0) and values.max(initial=0) <= 1.1:
+    lowest, highest = float(values.min(initial=0)), float(values.max(initial=0))
+    if values.dtype.kind == "f" and lowest >= -0.1 and highest <= 1.1:
         return np.round(np.clip(values, 0.0, 1.0) * 255).astype(np.uint8)
-    if values.dtype.kind in "iu" and values.min(initial=0) >= 0 and values.max(initial=0) <= 255:
+    if values.dtype.kind in "iu" and lowest >= 0 and highest <= 255:
         return values.astype(np.uint8)
     raise BadImage(
-        f"Picture values reach from {values.min():g} to {values.max():g}; expected 0..1 as floats "
+        f"Picture values reach from {lowest:g} to {highest:g}; expected 0..1 as floats "
         "or 0..255 as integers."
     )
 

@@ -207,7 +207,7 @@ class Recogniser(nn.Module):
         return self.network(crops * 2 - 1)
 
     def embed(self, images: Tensor, landmarks: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W] in 0..1, landmarks [B, 5, 2] in pixels -> unit embeddings [B, D]."""
+        """Pictures [B, 3, H, W] in 0..1, landmarks [B, 5, 2] in pixels -> unit [B, D]."""
         return F.normalize(self(align(images, landmarks)), dim=-1)
 
     def percent(self, cosine: float) -> float:

@@ -48,7 +48,8 @@ def train_attribute_heads(config: EncodersConfig, run: RunConfig, folder: RunFol
     )
     net.load_state_dict(trainer.averaged("net"))
     net.cpu().eval()
-    net.config = replace(net.config, figures=measure_checker(net, 2 * config.check_people, run.seed))
+    figures = measure_checker(net, 2 * config.check_people, run.seed)
+    net.config = replace(net.config, figures=figures)
     return net
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -56,7 +57,7 @@ class PortraitNet(nn.Module):
         self.config = config
         widths = (3, *config.widths)
         self.stages = nn.Sequential(
-            *(Stage(a, b) for a, b in zip(widths, widths[1:], strict=False))
+            *(Stage(inputs, outputs) for inputs, outputs in pairwise(widths))
         )
         side = SIDE // 2 ** len(config.widths)
         self.places = nn.Conv2d(widths[-1], 2 * widths[-1], side, groups=widths[-1])

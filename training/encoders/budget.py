@@ -51,6 +51,7 @@ def _planned_steps(
     if path.exists():
         return int(json.loads(path.read_text(encoding="utf-8"))["steps"])
     device = next(p.device for m in modules.values() for p in m.parameters())
+    start = time.monotonic()
     for i in range(_WARM + _TIMED):
         if i == _WARM:
             _finish(device)

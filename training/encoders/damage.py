@@ -1,4 +1,4 @@
-"""What happens to pictures between the drawing and a network: blur, noise, JPEG, colour, resampling.
+"""What happens to pictures on their way to a network: blur, noise, JPEG, colour, resampling.
 
 Batched, on any device, one strength per picture; randomness is torch's global one.
 """
@@ -40,9 +40,8 @@ def blur(images: Tensor, most: float) -> Tensor:
 def resample(images: Tensor, most: float) -> Tensor:
     """Shrink by a factor between 1 and `most` (one for the whole batch) and enlarge again."""
     factor = 1 + (most - 1) * float(torch.rand(()))
-    small = F.interpolate(
-        images, scale_factor=1 / factor, mode="bilinear", antialias=True, recompute_scale_factor=True
-    )
+    size = [max(round(side / factor), 1) for side in images.shape[-2:]]
+    small = F.interpolate(images, size, mode="bilinear", antialias=True)
     return F.interpolate(small, images.shape[-2:], mode="bilinear")
 
 

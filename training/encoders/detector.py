@@ -11,14 +11,14 @@ from einops import rearrange
 from torch import Tensor
 
 from ..loop import Trainer
-from ..portraits import render, sample_scenes
+from ..portraits import Scene, render, sample_scenes
 from ..run_config import RunConfig
 from ..run_folder import RunFolder
 from .budget import train
 from .config import EncodersConfig
 from .damage import damage
 from .detector_loss import detector_loss
-from .detector_net import MEAN, STD, Detector
+from .detector_net import MEAN, STD, STRIDES, Detector
 from .drawing import generator_for
 from .pool import Examples, Pool, as_bytes
 
@@ -68,7 +68,7 @@ def draw_examples(count: int, generator: torch.Generator, device: torch.device) 
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def _examples(scene) -> Examples:
+def _examples(scene: Scene) -> Examples:
     drawn = render(scene, DRAWN_SIZE)
     missing = 3 - drawn.present.shape[1]
     return {
@@ -133,7 +133,8 @@ def _mirror(
     side = images.shape[-1]
     flipped = points[:, :, [1, 0, 2, 4, 3]]
     flipped = torch.stack([side - flipped[..., 0], flipped[..., 1]], -1)
-    turned = torch.stack([side - boxes[..., 2], boxes[..., 1], side - boxes[..., 0], boxes[..., 3]], -1)
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    turned = torch.stack([side - x2, y1, side - x1, y2], -1)
     images = torch.where(which[:, None, None, None], images.flip(-1), images)
     boxes = torch.where(which[:, None, None], turned, boxes)
     return images, boxes, torch.where(which[:, None, None, None], flipped, points)
@@ -183,12 +184,14 @@ def detect(detector: Detector, image: Tensor, threshold: float = 0.5) -> tuple[T
     """Boxes [N, 4] and landmarks [N, 5, 2] in one picture [3, H, W]: insightface's decoding."""
     all_scores, all_boxes, all_points = [], [], []
     height, width = image.shape[-2:]
-    for (score, box, point), stride in zip(detector(normalise(image)[None]), (8, 16, 32), strict=True):
+    levels = detector(normalise(image)[None])
+    for (score, box, point), stride in zip(levels, STRIDES, strict=True):
         y, x = torch.meshgrid(
             torch.arange(height // stride), torch.arange(width // stride), indexing="ij"
         )
         centre = torch.stack([x, y], -1).float()[:, :, None] * stride
-        corners = torch.cat([centre - box[0, ..., :2] * stride, centre + box[0, ..., 2:] * stride], -1)
+        sides = box[0] * stride
+        corners = torch.cat([centre - sides[..., :2], centre + sides[..., 2:]], -1)
         all_scores.append(score.sigmoid().flatten())
         all_boxes.append(corners.reshape(-1, 4))
         spots = centre[..., None, :] + point[0].unflatten(-1, (5, 2)) * stride

@@ -71,7 +71,7 @@ def _take(values: Tensor, index: Tensor) -> Tensor:
 def detector_loss(
     levels: list[Level], side: int, boxes: Tensor, landmarks: Tensor, present: Tensor
 ) -> dict[str, Tensor]:
-    """Focal loss of the scores, distance-IoU of the boxes, landmarks relative to the face's size."""
+    """Focal loss of scores, distance-IoU of boxes, landmarks relative to the face's size."""
     score = box = point = torch.zeros((), device=boxes.device)
     count = torch.ones((), device=boxes.device)
     for level, stride in zip(levels, STRIDES, strict=True):
@@ -95,7 +95,7 @@ def focal(logits: Tensor, target: Tensor, gamma: float = 2.0) -> Tensor:
 
 
 def diou_loss(predicted: Tensor, target: Tensor) -> Tensor:
-    """1 - IoU plus squared distance of the centres (Zheng et al., 2020): sides [B, N, 4] -> [B, N]."""
+    """1 - IoU + squared distance of centres (Zheng et al., 2020): sides [B, N, 4] -> [B, N]."""
     low = torch.minimum(predicted, target)
     overlap = (low[..., 0] + low[..., 2]).clamp(min=0) * (low[..., 1] + low[..., 3]).clamp(min=0)
     union = _area(predicted) + _area(target) - overlap
@@ -106,4 +106,5 @@ def diou_loss(predicted: Tensor, target: Tensor) -> Tensor:
 
 
 def _area(sides: Tensor) -> Tensor:
-    return (sides[..., 0] + sides[..., 2]).clamp(min=0) * (sides[..., 1] + sides[..., 3]).clamp(min=0)
+    width, height = sides[..., 0] + sides[..., 2], sides[..., 1] + sides[..., 3]
+    return width.clamp(min=0) * height.clamp(min=0)

@@ -100,7 +100,7 @@ class Detector(nn.Module):
 
 
 class ExportedDetector(nn.Module):
-    """The nine outputs that insightface's SCRFD expects of one picture: scores, boxes, landmarks."""
+    """The nine outputs that insightface's SCRFD expects: scores, boxes, landmarks of a picture."""
 
     def __init__(self, detector: Detector) -> None:
         super().__init__()

@@ -23,6 +23,8 @@ from .detector_net import Detector, ExportedDetector
 PACK = "insightface/models/mini"
 DETECTOR_FILE, RECOGNISER_FILE = f"{PACK}/det_mini.onnx", f"{PACK}/rec_mini.onnx"
 _OPSET = 13
+Axes = dict[str, dict[int, str]]
+"""Input or output -> its free axes and their names."""
 #: weights smaller than this are not worth a node of their own
 _HALVED_FROM = 256
 
@@ -56,13 +58,11 @@ def export_recogniser(recogniser: Recogniser, path: Path) -> float:
     return export(recogniser.network, example, path, ["embedding"], axes)
 
 
-def export(
-    network: nn.Module, example: Tensor, path: Path, names: list[str], axes: dict[str, dict[int, str]]
-) -> float:
+def export(network: nn.Module, example: Tensor, path: Path, names: list[str], axes: Axes) -> float:
     """Write a network as ONNX with fp16 weights; compare it with ONNX Runtime on `example`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the tracing exporter is deprecated, and needs nothing else
+        warnings.simplefilter("ignore")  # deprecated, but it needs no further package
         torch.onnx.export(
             network, (example,), str(path), dynamo=False, opset_version=_OPSET,
             input_names=["input"], output_names=names, dynamic_axes=axes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +77,7 @@ def train_image_encoder(config: EncodersConfig, run: RunConfig, folder: RunFolde
     return encoder
 
 
-def contrastive(clip: nn.Module, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
+def contrastive(clip: Any, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
     """CLIP's symmetric cross-entropy over the batch (Radford et al., 2021)."""
     images, texts = (F.normalize(x.float(), dim=-1) for x in (images, texts))
     scale = clip.logit_scale.clamp(max=_MOST_LOGIT_SCALE).exp()

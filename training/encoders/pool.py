@@ -38,9 +38,7 @@ class Pool:
         count = len(next(iter(chunk.values())))
         if not self.store:
             self.capacity = max(self.capacity // count, 1) * count
-            self.store = {
-                k: v.new_empty((self.capacity, *v.shape[1:])) for k, v in chunk.items()
-            }
+            self.store = {k: v.new_empty((self.capacity, *v.shape[1:])) for k, v in chunk.items()}
         start = self.made % self.capacity
         for name, values in chunk.items():
             self.store[name][start : start + count] = values

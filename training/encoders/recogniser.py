@@ -14,7 +14,7 @@ from difflora_core.face_crop import TEMPLATE, TEMPLATE_SIZE, similarity, warp
 from difflora_core.likeness import Calibration, fit_calibration
 from difflora_core.recogniser import ConvNeXtConfig, IResNetConfig, Recogniser, RecogniserConfig
 
-from ..portraits import FACTORS, Portraits, Scene, render
+from ..portraits import FACTORS, Portraits, render
 from ..run_config import RunConfig
 from ..run_folder import RunFolder
 from .budget import train
@@ -94,9 +94,7 @@ def draw_examples(
     count: int, chunk: int, generator: torch.Generator, device: torch.device, population: int
 ) -> Examples:
     """Aligned crops with some room around them: images, person (seed), factors."""
-    scene, seeds = people_scenes(
-        count, generator, device, people="mixed", population=population
-    )
+    scene, seeds = people_scenes(count, generator, device, people="mixed", population=population)
     drawn = render(scene, DRAWN_SIZES[chunk % len(DRAWN_SIZES)])
     # one person per picture, any of those present
     which = torch.where(drawn.present, torch.rand(drawn.present.shape, device=device), -1.0)
@@ -178,6 +176,3 @@ def measure_recogniser(recogniser: Recogniser, people: int, seed: int) -> dict[s
         "auc": float(below.mean()),
         "hits_at_0.1%_false": float((same > threshold).double().mean()),
     }
-
-
-__all__ = ["Scene", "measure_recogniser", "train_recogniser"]
