@@ -5,6 +5,7 @@ Files are written to a temporary neighbour and renamed, so a name never stands f
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -151,7 +152,7 @@ def _adapter_config(path: Path, tensors: Mapping[str, Tensor]) -> dict | None:
 def _what(file: IO[bytes], size: int) -> str:
     """What a file looks like that is no safetensors file."""
     start = file.read(200).lstrip()
-    if size < 10:
+    if size == 0:
         return "It is empty."
     if start.startswith(b"version https://git-lfs"):
         return "It is a Git LFS pointer; download the file itself."
@@ -220,7 +221,8 @@ def _write(path: Path, content: tuple[bytes, memoryview], overwrite: bool) -> No
             hint="Nothing was left behind. Check the free space and the rights of the folder.",
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # renamed away, or the folder is none
+            temporary.unlink()
 
 
 def _refuse_existing(path: Path, overwrite: bool) -> None:
