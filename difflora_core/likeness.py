@@ -38,7 +38,7 @@ class Calibration:
         return 100.0 / (1.0 + math.exp(-odds))
 
 
-def fit_calibration(same: Tensor, different: Tensor, steps: int = 50) -> Calibration:
+def fit_calibration(same: Tensor, different: Tensor, steps: int = 100) -> Calibration:
     """Logistic regression of "same person" on the cosine, both classes weighted alike.
 
     Newton's method on two parameters, with a little ridge so that classes that do not overlap
@@ -48,7 +48,7 @@ def fit_calibration(same: Tensor, different: Tensor, steps: int = 50) -> Calibra
     label = torch.cat([torch.ones(len(same)), torch.zeros(len(different))]).double().to(x.device)
     weight = torch.where(label > 0, 0.5 / len(same), 0.5 / len(different))
     design = torch.stack([x, torch.ones_like(x)], -1)
-    ridge = torch.diag(torch.tensor([1e-4, 1e-6], dtype=x.dtype, device=x.device))
+    ridge = torch.diag(torch.tensor([1e-7, 1e-9], dtype=x.dtype, device=x.device))
     beta = torch.zeros(2, dtype=x.dtype, device=x.device)
     for _ in range(steps):
         p = torch.sigmoid(design @ beta)

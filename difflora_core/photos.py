@@ -19,6 +19,8 @@ MIN_SIDE = 64
 """Smallest side in pixels: below, a face has too few pixels to be recognised."""
 MAX_PIXELS = 64_000_000
 """Largest picture; more is refused before it is decoded, since it may be an attack on memory."""
+#: what Pillow's decoders raise on broken files
+_DAMAGE = (OSError, SyntaxError, ValueError, struct.error, EOFError)
 _BACKDROP = 255
 """Transparent parts become white, as most viewers show them."""
 
@@ -48,25 +50,26 @@ def _read_file(path: Path) -> Pixels:
         raise BadImage(f"There is no picture at {path}.", hint="Check the path and its spelling.")
     name = path.name
     try:
-        with Image.open(path) as image:
-            _check_size(image.width, image.height)
-            return _decode(image, name)
+        image = Image.open(path)
     except UnidentifiedImageError as error:
         raise BadImage(
             f"{name} is not a picture that can be read.", hint="Use a PNG, JPEG or WebP file."
         ) from error
     except Image.DecompressionBombError as error:
         raise _too_large(name) from error
+    except _DAMAGE as error:
+        raise _damaged(name, error) from error
+    with image:
+        _check_size(image.width, image.height)
+        return _decode(image, name)
 
 
 def _decode(image: Image.Image, name: str) -> Pixels:
     try:
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image))
-    except (OSError, SyntaxError, ValueError, struct.error, EOFError) as error:
-        raise BadImage(
-            f"{name} is damaged: {str(error).rstrip('.')}.", hint="Save or copy the picture again."
-        ) from error
+    except _DAMAGE as error:
+        raise _damaged(name, error) from error
 
 
 def _to_rgb(image: Image.Image) -> Pixels:
@@ -152,6 +155,11 @@ def _check_size(width: int, height: int) -> None:
         )
     if width * height > MAX_PIXELS:
         raise _too_large(f"The picture ({width}x{height})")
+
+
+def _damaged(name: str, error: Exception) -> BadImage:
+    detail = " ".join(str(error).split()).rstrip(".")
+    return BadImage(f"{name} is damaged: {detail}.", hint="Save or copy the picture again.")
 
 
 def _too_large(name: str) -> BadImage:

@@ -1,0 +1,163 @@
+"""Every kind of picture becomes uint8 RGB, or one clear sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from difflora_core.errors import BadImage
+from difflora_core.photos import load_photo
+
+WIDTH, HEIGHT = 96, 72
+
+
+@pytest.fixture
+def picture() -> np.ndarray:
+    """A smooth colour picture [72, 96, 3] with different colours in its corners."""
+    x, y = np.meshgrid(np.linspace(0, 200, WIDTH), np.linspace(0, 200, HEIGHT))
+    return np.stack([x, y, 255 - x], -1).astype(np.uint8)
+
+
+def save(tmp_path: Path, image: Image.Image, name: str, **options: object) -> Path:
+    path = tmp_path / name
+    image.save(path, **options)
+    return path
+
+
+def test_plain_files_are_exact(tmp_path: Path, picture: np.ndarray) -> None:
+    path = save(tmp_path, Image.fromarray(picture), "p.png")
+    assert np.array_equal(load_photo(path), picture)
+    assert np.array_equal(load_photo(str(path)), picture)
+    assert np.array_equal(load_photo(Image.open(path)), picture)
+
+
+def test_grey_becomes_three_equal_channels(tmp_path: Path, picture: np.ndarray) -> None:
+    grey = picture[..., 0]
+    path = save(tmp_path, Image.fromarray(grey), "grey.png")
+    for source in (path, grey, grey[..., None]):
+        assert np.array_equal(load_photo(source), np.repeat(grey[..., None], 3, -1))
+
+
+def test_transparency_shows_white(tmp_path: Path, picture: np.ndarray) -> None:
+    alpha = np.full((HEIGHT, WIDTH, 1), 255, np.uint8)
+    alpha[:, : WIDTH // 2] = 0
+    rgba = np.concatenate([picture, alpha], -1)
+    loaded = load_photo(save(tmp_path, Image.fromarray(rgba), "alpha.png"))
+    assert (loaded[:, : WIDTH // 2] == 255).all()
+    assert np.array_equal(loaded[:, WIDTH // 2 :], picture[:, WIDTH // 2 :])
+    assert np.array_equal(load_photo(rgba), loaded)
+
+
+def test_palette_and_its_transparent_colour(tmp_path: Path) -> None:
+    indices = np.zeros((80, 80), np.uint8)
+    indices[:, 40:] = 1
+    image = Image.fromarray(indices, "P") if not hasattr(Image, "frombytes") else Image.new("P", (80, 80))
+    image.putdata(indices.flatten().tolist())
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    loaded = load_photo(save(tmp_path, image, "p.png", transparency=0))
+    assert (loaded[:, :40] == 255).all()
+    assert (loaded[:, 40:] == (200, 100, 50)).all()
+
+
+def test_cmyk(tmp_path: Path, picture: np.ndarray) -> None:
+    cmyk = Image.fromarray(picture).convert("CMYK")
+    loaded = load_photo(save(tmp_path, cmyk, "c.tif")).astype(int)
+    assert np.abs(loaded - picture).max() <= 2
+
+
+def test_sixteen_bits(tmp_path: Path) -> None:
+    deep = np.tile(np.linspace(0, 65535, 100).astype(np.uint16), (80, 1))
+    path = save(tmp_path, Image.fromarray(deep), "deep.png")
+    for source in (path, deep):
+        loaded = load_photo(source)
+        assert np.abs(loaded[0, :, 0].astype(float) - deep[0] / 257.0).max() <= 0.5
+        assert loaded.min() == 0 and loaded.max() == 255
+
+
+def test_exif_rotation_is_applied(tmp_path: Path, picture: np.ndarray) -> None:
+    image = Image.fromarray(picture)
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise to be seen upright
+    loaded = load_photo(save(tmp_path, image, "turned.png", exif=exif))
+    assert np.array_equal(loaded, np.rot90(picture, -1))
+
+
+def test_first_frame_of_an_animation(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    path = save(tmp_path, frames[0], "a.gif", save_all=True, append_images=frames[1:])
+    assert (load_photo(path)[..., 0] > 250).all()
+
+
+def test_float_arrays_and_tensors(picture: np.ndarray) -> None:
+    values = picture / 255.0
+    for source in (values, values.astype(np.float32), torch.tensor(values), torch.tensor(values)[None]):
+        assert np.array_equal(load_photo(source), picture)
+    assert np.array_equal(load_photo(picture[..., 0] > 100)[..., 0], (picture[..., 0] > 100) * 255)
+
+
+def bad_values() -> dict[str, tuple[object, str]]:
+    broken = np.full((70, 70, 3), 0.5)
+    broken[3, 4, 1] = np.nan
+    return {
+        "nan": (broken, "not numbers"),
+        "infinite": (np.where(np.isnan(broken), np.inf, broken), "not numbers"),
+        "float to 255": (np.full((70, 70, 3), 200.0), "expected 0..1"),
+        "negative": (np.full((70, 70, 3), -4), "expected 0..1"),
+        "channels first": (np.zeros((3, 70, 70)), "[height, width, 1, 3 or 4]"),
+        "batch of two": (np.zeros((2, 70, 70, 3)), "[height, width, 1, 3 or 4]"),
+        "text": (np.array("face"), "Cannot read a picture"),
+        "nothing": (None, "Cannot read a picture"),
+        "tiny": (np.zeros((40, 200, 3), np.uint8), "200x40 pixels; at least 64x64"),
+        "empty": (np.zeros((0, 0, 3), np.uint8), "at least 64x64"),
+    }
+
+
+@pytest.mark.parametrize("case", bad_values())
+def test_bad_values_are_one_sentence(case: str) -> None:
+    source, words = bad_values()[case]
+    with pytest.raises(BadImage) as error:
+        load_photo(source)
+    assert words in error.value.message
+    assert "\n" not in str(error.value)
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(BadImage, match="There is no picture at"):
+        load_photo(tmp_path / "none.png")
+
+
+def test_a_folder_is_no_picture(tmp_path: Path) -> None:
+    with pytest.raises(BadImage, match="There is no picture at"):
+        load_photo(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", b"\xff\xd8\xff\xe0 nor this"])
+def test_not_a_picture(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.jpg"
+    path.write_bytes(content)
+    with pytest.raises(BadImage, match=r"x\.jpg is (not a picture|damaged)"):
+        load_photo(path)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp", "bmp", "tif"])
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_truncated_files(tmp_path: Path, kind: str, share: float) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (90, 90, 3), np.uint8)
+    path = save(tmp_path, Image.fromarray(noise), f"cut.{kind}")
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(BadImage, match=rf"cut\.{kind} is (not a picture|damaged)") as error:
+        load_photo(path)
+    assert "\n" not in str(error.value)
+
+
+def test_huge_pictures_are_refused_before_they_are_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path, Image.new("1", (20000, 8000)), "huge.png")
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("was decoded"))
+    with pytest.raises(BadImage, match="more than 64 megapixels"):
+        load_photo(path)
