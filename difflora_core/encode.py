@@ -68,7 +68,7 @@ def _view(photo: Pixels, faces: list[Face], chosen: Face | None) -> Pixels:
     return square_crop(photo, chosen.box.tolist())
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _embed(encoder: ImageEncoder, photos: Sequence[Pixels]) -> Tensor:
     """[P, Ei] on the CPU; one photo at a time, since sizes differ."""
     device = encoder.get_buffer("mean").device

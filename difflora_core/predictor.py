@@ -100,7 +100,7 @@ class Predictor(nn.Module):
 
     # --- use --------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predict(
         self,
         features: Features,
@@ -123,7 +123,7 @@ class Predictor(nn.Module):
             raise BadConfig(f"candidates must be 1 to {MAX_CANDIDATES}, found {candidates}.")
         condition = self._condition_of(features, candidates)
         noise = seeded_noise(self.latent_shape, seed, range(candidates)).to(self.device)
-        vectors = self.decode(self._sample(noise, condition, options, progress)) * options.strength
+        vectors = self.decode(self.sample_latents(noise, condition, options, progress)) * options.strength
         if not vectors.isfinite().all():
             raise BadWeightsFile(
                 "The predictor gave numbers that are not finite.",
@@ -151,13 +151,14 @@ class Predictor(nn.Module):
         """The mean LoRA of the training set, without any photo."""
         return self._lora(self.value_statistics.mean)
 
-    def _sample(
+    def sample_latents(
         self,
         noise: Tensor,
         condition: Condition,
         options: SamplingConfig,
-        progress: Progress | None,
+        progress: Progress | None = None,
     ) -> Tensor:
+        """noise [B, T, C] -> z_0 [B, T, C] by the few steps that `predict` takes."""
         null = self.no_condition(len(noise))
 
         def denoise(z_t: Tensor, t: Tensor) -> Tensor:
@@ -214,9 +215,12 @@ class Predictor(nn.Module):
                 f"{path.name} is not a DiffLoRA predictor: its header has no predictor config.",
                 hint="Choose a file made by `python -m training`, or the one that ships with us.",
             )
-        predictor = cls(from_dict(PredictorConfig, json.loads(header["config"])))
+        config = from_dict(PredictorConfig, json.loads(header["config"]))
+        with torch.device("meta"):  # no memory or time for initial weights
+            predictor = cls(config)
         check_keys(path.name, tensors, predictor.state_dict())
-        predictor.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+        float32 = {name: tensor.float() for name, tensor in tensors.items()}
+        predictor.load_state_dict(float32, assign=True)
         predictor.file_hash = hashlib.sha256(path.read_bytes()).hexdigest()
         return predictor.to(device).eval()
 

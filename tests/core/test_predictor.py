@@ -59,6 +59,20 @@ def test_bf16_autocast_stays_close(preset):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
+def test_training_path_compiles_without_graph_breaks(preset):
+    p = tiny_predictor(preset)
+
+    def ups(face, image, on, z, t):
+        vectors = p.decode(p.denoise(z, t, p.condition(face, image, on, on)))
+        return SPACE.unpack_ups(vectors)
+
+    inputs = (*rows(2)[:3], torch.randn(2, *p.latent_shape), torch.rand(2))
+    compiled = torch.compile(ups, backend="eager", fullgraph=True)(*inputs)
+    for name, up in ups(*inputs).items():
+        torch.testing.assert_close(compiled[name], up)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
 def test_fresh_predictor_gives_the_average_lora(preset):
     p = Predictor(tiny_config(preset)).eval()
     p.value_statistics.fit(torch.randn(20, SPACE.size))
