@@ -31,7 +31,7 @@ def draw_features(canvas: Canvas, who: Anatomy, pose: Pose, expression: Tensor) 
 
 
 def landmarks(who: Anatomy, pose: Pose, expression: Tensor) -> Tensor:
-    """Five points [B, 5, 2] in picture units: eyes, nose tip, mouth corners, left of picture first."""
+    """Five points [B, 5, 2] in units: eyes, nose tip, mouth corners; left of the picture first."""
     stretch = _look(expression, MOUTH_STRETCH) * who.mouth_width
     bend = _look(expression, MOUTH_BEND)
     zero = torch.zeros_like(who.eye_x)

@@ -56,7 +56,8 @@ def _striped(surface: Tensor, v: Tensor, cloth: Tensor) -> Tensor:
 def draw_collar(canvas: Canvas, who: Anatomy, pose: Pose, kind: Tensor, colour: Tensor) -> None:
     """What lies over the neck, kind by kind."""
     painters = {
-        "t-shirt": _round_neck, "sweater": _round_neck, "shirt": _shirt, "hoodie": _hoodie, "suit": _suit,
+        "t-shirt": _round_neck, "sweater": _round_neck, "shirt": _shirt, "hoodie": _hoodie,
+        "suit": _suit,
     }  # fmt: skip
     for name, painter in painters.items():
         index = (kind == _KIND[name]).nonzero()[:, 0]

@@ -1,0 +1,1 @@
+"""The predictor's training: LoRA autoencoder, denoiser, end-to-end stage, calibration."""

@@ -1,0 +1,96 @@
+"""Settings of the base model and its training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..run_config import OptimConfig
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """AutoencoderKL, f8, four latent channels; its normalisations have 32 groups as ComfyUI's."""
+
+    channels: tuple[int, ...] = (64, 64, 96, 96)
+    """Width of each level, from 128 px down to 16."""
+    batch: int = 96
+    """Pictures per step."""
+    pool: int = 65536
+    """Drawn pictures kept on the device; the oldest make way for new ones."""
+    chunk: int = 1024
+    """Pictures drawn at a time."""
+    reuse: float = 2.0
+    """How often a drawn picture is used on average."""
+    kl_weight: float = 3e-5
+    """Weight of the mean KL divergence per latent value."""
+    edge_weight: float = 1.0
+    """Weight of the L1 distance of picture gradients, which keeps eyes and mouths sharp."""
+    face_weight: float = 3.0
+    """Extra weight of pixels inside face boxes: identity lives there."""
+    minutes: float = 0.0
+    """Time for the training: the number of steps is set from the measured speed, at most
+    optim.steps; 0 = optim.steps."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(steps=9000, lr=1e-3, warmup=200, ema=0.998)
+    )
+    """Optimiser."""
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """A CLIP text model on the real CLIP vocabulary; words the world lacks share one row."""
+
+    width: int = 128
+    """Hidden size."""
+    layers: int = 3
+    """Transformer layers."""
+    heads: int = 4
+    """Attention heads."""
+
+
+@dataclass(frozen=True)
+class UnetConfig:
+    """UNet2DConditionModel of SD 1.5's kind with other widths, and its training."""
+
+    channels: tuple[int, ...] = (64, 128)
+    """Width of each level; latents of 16x16 and 8x8."""
+    layers: int = 1
+    """Residual blocks per level."""
+    heads: int = 4
+    """Attention heads."""
+    pool: int = 200_000
+    """Pictures drawn and encoded once, then visited in random order."""
+    batch: int = 768
+    """Latents per step."""
+    mention: float = 0.8
+    """Probability that a prompt mentions an attribute of its picture."""
+    looks: float = 0.3
+    """Probability that a prompt mentions hair and beard."""
+    drop_prompt: float = 0.1
+    """Share of empty prompts, for classifier-free guidance."""
+    drop_token: float = 0.01
+    """Share of tokens replaced by the row of unknown words."""
+    min_snr: float = 5.0
+    """Gamma of the min-SNR loss weight (Hang et al. 2023, eq. 5); 0 = plain epsilon loss."""
+    minutes: float = 0.0
+    """As for the VAE; drawing the pool comes on top."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(
+            steps=12000, lr=8e-4, warmup=300, ema=0.9995, weight_decay=0.01
+        )
+    )
+    """Optimiser of U-Net and text encoder together."""
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """Stage train-base."""
+
+    only: tuple[str, ...] = ("vae", "unet")
+    """Which parts to train, in this order."""
+    vae: VaeConfig = field(default_factory=VaeConfig)
+    """The picture autoencoder."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """The text encoder, trained with the U-Net."""
+    unet: UnetConfig = field(default_factory=UnetConfig)
+    """The denoiser."""

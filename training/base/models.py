@@ -1,0 +1,132 @@
+"""Builds the parts of the mini model from their configs and opens trained ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from ..artifacts import read_artifact
+from ..config import Config
+from .config import TextConfig, UnetConfig, VaeConfig
+from .tokens import CONTEXT, END, START, known_tokens, token_index
+
+#: Stable Diffusion's noise schedule, which ComfyUI assumes for models of the SD 1.5 kind
+NOISE_SCHEDULE: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
+TOKEN_TABLE = "embeddings.token_embedding.weight"
+
+
+def vae_config(config: VaeConfig) -> dict[str, Any]:
+    levels = len(config.channels)
+    return {
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": 4,
+        "block_out_channels": list(config.channels),
+        "layers_per_block": 1,
+        "norm_num_groups": 32,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "sample_size": 128,
+    }
+
+
+def unet_config(config: UnetConfig, text: TextConfig) -> dict[str, Any]:
+    levels = len(config.channels)
+    return {
+        "sample_size": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": list(config.channels),
+        "layers_per_block": config.layers,
+        "cross_attention_dim": text.width,
+        "attention_head_dim": config.heads,  # diffusers' name for the number of heads
+        "norm_num_groups": 32,
+        "down_block_types": ["CrossAttnDownBlock2D"] * levels,
+        "up_block_types": ["CrossAttnUpBlock2D"] * levels,
+    }
+
+
+def text_config(config: TextConfig) -> dict[str, Any]:
+    return {
+        "vocab_size": len(token_index()),
+        "hidden_size": config.width,
+        "intermediate_size": 4 * config.width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "max_position_embeddings": CONTEXT,
+        "hidden_act": "quick_gelu",
+        "bos_token_id": START,
+        "eos_token_id": END,
+        "pad_token_id": END,
+    }
+
+
+def build_vae(config: dict[str, Any]) -> AutoencoderKL:
+    return AutoencoderKL(**config)
+
+
+def build_unet(config: dict[str, Any]) -> UNet2DConditionModel:
+    return UNet2DConditionModel(**config)
+
+
+def build_compact_text(config: dict[str, Any]) -> CLIPTextModel:
+    """A text model whose token table has only the rows of `tokens.rows`.
+
+    The ids it sees are table rows, so its end token is a row number too.
+    """
+    end = int(token_index()[END])
+    compact = config | {
+        "vocab_size": len(known_tokens()) + 1,
+        "bos_token_id": int(token_index()[START]),
+        "eos_token_id": end,
+        "pad_token_id": end,
+    }
+    return CLIPTextModel(CLIPTextConfig(**compact))
+
+
+def text_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State dict of a compact text model -> tensors of the weights file."""
+    table = state[TOKEN_TABLE]
+    rest = {k: v for k, v in state.items() if k != TOKEN_TABLE and not k.endswith("position_ids")}
+    return rest | {"token_rows": table, "token_index": token_index()}
+
+
+def open_vae(config: Config) -> AutoencoderKL:
+    tensors, built_from = read_artifact(config, "vae")
+    return _frozen(build_vae(built_from), tensors)
+
+
+def open_unet(config: Config) -> UNet2DConditionModel:
+    tensors, built_from = read_artifact(config, "unet")
+    return _frozen(build_unet(built_from), tensors)
+
+
+def open_text(config: Config) -> CLIPTextModel:
+    """The trained text encoder over compact rows (see `tokens.rows`)."""
+    tensors, built_from = read_artifact(config, "text_encoder")
+    weights = {k: v for k, v in tensors.items() if not k.startswith("token_")}
+    weights[TOKEN_TABLE] = tensors["token_rows"]
+    return _frozen(build_compact_text(built_from), weights)
+
+
+def _frozen(module: nn.Module, tensors: dict[str, Tensor]) -> Any:
+    module.load_state_dict({k: v.float() for k, v in tensors.items()})
+    return module.requires_grad_(False).eval()
+
+
+def alphas(device: torch.device) -> Tensor:
+    """Cumulative products of 1 - beta, [1000] float32."""
+    start, end = NOISE_SCHEDULE["beta_start"] ** 0.5, NOISE_SCHEDULE["beta_end"] ** 0.5
+    betas = (
+        torch.linspace(start, end, NOISE_SCHEDULE["num_train_timesteps"], dtype=torch.float64) ** 2
+    )
+    return (1 - betas).cumprod(0).float().to(device)

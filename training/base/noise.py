@@ -1,0 +1,39 @@
+"""Epsilon prediction on Stable Diffusion's schedule: noising, loss weight, training loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .models import alphas
+
+
+class NoiseSchedule:
+    """Tables [1000] on one device; t are integer timesteps [B]."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.alpha = alphas(device)
+        self.signal = self.alpha.sqrt()
+        self.noise = (1 - self.alpha).sqrt()
+
+    def add_noise(self, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t [B, 4, H, W] (Ho et al. 2020, eq. 4)."""
+        return _wide(self.signal[t]) * latents + _wide(self.noise[t]) * noise
+
+    def clean(self, noisy: Tensor, predicted_noise: Tensor, t: Tensor) -> Tensor:
+        """The estimate of x_0 that a noise prediction implies."""
+        return (noisy - _wide(self.noise[t]) * predicted_noise) / _wide(self.signal[t])
+
+    def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
+        """min(SNR, gamma) / SNR, the epsilon form of Hang et al. 2023, eq. 5; ones for gamma 0."""
+        snr = self.alpha[t] / (1 - self.alpha[t])
+        return snr.clamp(max=gamma) / snr if gamma else torch.ones_like(snr)
+
+    def loss(self, predicted: Tensor, noise: Tensor, t: Tensor, gamma: float = 0.0) -> Tensor:
+        """Squared error per sample [B], weighted."""
+        error = (predicted.float() - noise).square().mean((1, 2, 3))
+        return error * self.min_snr_weight(t, gamma)
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value[:, None, None, None]

@@ -1,0 +1,96 @@
+"""Pictures drawn and encoded once: what the U-Net trains on, all of it on the device."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from ..portraits import Scene, describe, render, sample_scenes
+from .config import UnetConfig
+from .tokens import rows
+
+CHUNK = 2048
+#: below this many pictures, starting worker processes costs more than they save
+_PARALLEL_FROM = 20_000
+
+
+@dataclass(frozen=True)
+class LatentPool:
+    """latents [N, 4, 16, 16] (scaled, half precision) and prompts [N, 77] (table rows)."""
+
+    latents: Tensor
+    prompts: Tensor
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def draw(self, batch: int) -> tuple[Tensor, Tensor]:
+        """A random batch: latents [B, 4, 16, 16] float32 and prompt rows [B, 77] int64."""
+        device = self.latents.device
+        index = torch.randint(len(self), (batch,), device=device)
+        return self.latents[index].float(), self.prompts[index].long()
+
+
+def build_pool(
+    vae: AutoencoderKL, config: UnetConfig, seed: int, device: torch.device
+) -> LatentPool:
+    """Draw `config.pool` pictures of training people and encode them."""
+    latents, prompts = [], []
+    for scene, spoken in _scenes_with_prompts(config, seed):
+        images = render(scene.to(device)).images
+        latents.append(encode_images(vae, images).half())
+        prompts.append(spoken.result().short() if isinstance(spoken, Future) else spoken.short())
+    return LatentPool(torch.cat(latents), torch.cat(prompts).to(device))
+
+
+@torch.no_grad()
+def encode_images(vae: AutoencoderKL, images: Tensor, chunk: int = 512) -> Tensor:
+    """Pictures [B, 3, H, W] in 0..1 -> scaled latents [B, 4, H/8, W/8] float32 (posterior mean)."""
+    parts = [vae.encode(part * 2 - 1).latent_dist.mean for part in images.split(chunk)]
+    return torch.cat(parts).float() * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, latents: Tensor, chunk: int = 128) -> Tensor:
+    """Scaled latents -> pictures [B, 3, H, W] in 0..1."""
+    parts = [vae.decode(part).sample for part in (latents / vae.config.scaling_factor).split(chunk)]
+    return (torch.cat(parts).float() / 2 + 0.5).clamp(0, 1)
+
+
+def _scenes_with_prompts(
+    config: UnetConfig, seed: int
+) -> Iterator[tuple[Scene, Future[Tensor] | Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [min(CHUNK, config.pool - i) for i in range(0, config.pool, CHUNK)]
+    if config.pool < _PARALLEL_FROM:
+        for i, size in enumerate(sizes):
+            scene = sample_scenes(size, generator, people="mixed")
+            yield scene, _speak(scene, config.mention, config.looks, seed + i)
+        return
+    # spawn: a process that has touched a GPU must not fork
+    context, count = get_context("spawn"), max(1, (os.cpu_count() or 2) - 2)
+    with ProcessPoolExecutor(count, context) as workers:
+        scenes = [sample_scenes(size, generator, people="mixed") for size in sizes]
+        spoken = [
+            workers.submit(_speak, scene, config.mention, config.looks, seed + i)
+            for i, scene in enumerate(scenes)
+        ]
+        yield from zip(scenes, spoken, strict=True)
+
+
+def _speak(scene: Scene, mention: float, looks: float, seed: int) -> Tensor:
+    rng = random.Random(seed)
+    prompts = describe(scene, rng, mention=mention, looks=looks)
+    # a few prompts already say "sks person", so that the trigger means a person to the base model
+    prompts = [
+        p.replace("a person", "sks person", 1) if rng.random() < 0.05 else p for p in prompts
+    ]
+    return rows(prompts)

@@ -1,0 +1,69 @@
+"""Trains the U-Net together with its text encoder on a pool of encoded portraits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..artifacts import save_artifact
+from ..config import Config
+from ..encoders.budget import train
+from ..run_folder import RunFolder
+from .config import UnetConfig
+from .models import (
+    build_compact_text,
+    build_unet,
+    open_vae,
+    text_config,
+    text_tensors,
+    unet_config,
+)
+from .noise import NoiseSchedule
+from .pool import build_pool
+from .tokens import UNKNOWN, rows
+
+
+def train_unet(config: Config, folder: RunFolder) -> None:
+    """Train on the trained VAE's latents; writes the artifacts `unet` and `text_encoder`."""
+    base, device = config.base, config.run.torch_device()
+    torch.manual_seed(config.run.seed)
+    pool = build_pool(open_vae(config).to(device), base.unet, config.run.seed, device)
+    unet = build_unet(unet_config(base.unet, base.text)).to(device)
+    text = build_compact_text(text_config(base.text)).to(device)
+    schedule, empty = NoiseSchedule(device), rows([""]).to(device)
+
+    def step(i: int) -> dict[str, Tensor]:
+        latents, prompts = pool.draw(base.unet.batch)
+        prompts = drop_words(prompts, empty, base.unet)
+        noise = torch.randn_like(latents)
+        t = torch.randint(1000, (len(latents),), device=device)
+        context = text(prompts).last_hidden_state
+        predicted = unet(schedule.add_noise(latents, noise, t), t, context).sample
+        plain = schedule.loss(predicted, noise, t)
+        weight = schedule.min_snr_weight(t, base.unet.min_snr)
+        return {"loss": (plain * weight).mean(), "epsilon": plain.mean()}
+
+    trainer = train(
+        {"unet": unet, "text": text},
+        base.unet.optim,
+        config.run,
+        folder.part("unet"),
+        step,
+        batch=base.unet.batch,
+        minutes=base.unet.minutes,
+    )
+    figures = {"pictures": len(pool), "steps": trainer.step}
+    built_from = unet_config(base.unet, base.text)
+    save_artifact(config, "unet", trainer.averaged("unet"), built_from, figures)
+    words = text_tensors(trainer.averaged("text"))
+    save_artifact(config, "text_encoder", words, text_config(base.text), figures)
+
+
+def drop_words(prompts: Tensor, empty: Tensor, config: UnetConfig) -> Tensor:
+    """Empty some prompts and make some tokens unknown; rows [B, 77]."""
+    device = prompts.device
+    whole = torch.rand(len(prompts), 1, device=device) < config.drop_prompt
+    single = torch.rand(prompts.shape, device=device) < config.drop_token
+    framed = (prompts == empty[0, 0]) | (prompts == empty[0, 1])  # start and end stay
+    prompts = torch.where(single & ~framed, torch.full_like(prompts, UNKNOWN), prompts)
+    return torch.where(whole, empty, prompts)

@@ -1,0 +1,109 @@
+"""Trains the picture autoencoder on freshly drawn portraits."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from ..artifacts import save_artifact
+from ..config import Config
+from ..encoders.budget import train
+from ..encoders.drawing import generator_for
+from ..encoders.pool import Examples, Pool, as_bytes
+from ..portraits import Portraits, render, sample_scenes
+from ..run_folder import RunFolder
+from .config import VaeConfig
+from .models import build_vae, vae_config
+from .pool import decode_latents, encode_images
+
+_MEASURED = 128
+
+
+def train_vae(config: Config, folder: RunFolder) -> None:
+    """Train, measure on held-out people, and write the artifact `vae`."""
+    settings, device = config.base.vae, config.run.torch_device()
+    torch.manual_seed(config.run.seed)
+    vae = build_vae(vae_config(settings)).to(device, memory_format=torch.channels_last)
+    pool = Pool(lambda k: _draw(config, k), settings.pool, settings.reuse)
+
+    def step(i: int) -> dict[str, Tensor]:
+        return vae_losses(vae, pool.draw(settings.batch), settings)
+
+    trainer = train(
+        {"vae": vae},
+        settings.optim,
+        config.run,
+        folder.part("vae"),
+        step,
+        batch=settings.batch,
+        minutes=settings.minutes,
+    )
+    vae.load_state_dict(trainer.averaged("vae"))
+    vae.eval()
+    built_from = vae_config(settings) | {"scaling_factor": latent_scale(vae, device)}
+    vae.register_to_config(scaling_factor=built_from["scaling_factor"])
+    save_artifact(config, "vae", vae.state_dict(), built_from, measure_vae(vae, device))
+
+
+def _draw(config: Config, chunk: int) -> Examples:
+    """The k-th chunk of pictures, with 1 inside their face boxes."""
+    generator = generator_for(config.run.seed, chunk)
+    device, count = config.run.torch_device(), config.base.vae.chunk
+    drawn = render(sample_scenes(count, generator, people="mixed", device=device))
+    return {"images": as_bytes(drawn.images), "faces": as_bytes(face_pixels(drawn))}
+
+
+def vae_losses(vae: AutoencoderKL, batch: Examples, config: VaeConfig) -> dict[str, Tensor]:
+    """L1 on pixels and on their gradients, more on faces, and the KL divergence (all means)."""
+    target = (batch["images"] * 2 - 1).contiguous(memory_format=torch.channels_last)
+    posterior = vae.encode(target).latent_dist
+    painted = vae.decode(posterior.sample()).sample.float()
+    weight = 1 + config.face_weight * batch["faces"]
+    pixels = ((painted - target).abs().mean(1) * weight).mean() / weight.mean()
+    edges = sum(_edge_loss(painted, target, weight, axis) for axis in (2, 3))
+    kl = posterior.kl().mean() / posterior.mean[0].numel()
+    loss = pixels + config.edge_weight * edges + config.kl_weight * kl
+    return {"loss": loss, "pixels": pixels, "edges": torch.as_tensor(edges), "kl": kl}
+
+
+def face_pixels(drawn: Portraits) -> Tensor:
+    """1 inside the face boxes, [B, H, W]."""
+    size = drawn.images.shape[-1]
+    axis = torch.arange(size, device=drawn.images.device) + 0.5
+    boxes = drawn.boxes.nan_to_num(-1)[..., None]
+    across = (axis > boxes[:, :, 0]) & (axis < boxes[:, :, 2])
+    down = (axis > boxes[:, :, 1]) & (axis < boxes[:, :, 3])
+    return (across[:, :, None, :] & down[:, :, :, None]).any(1).float()
+
+
+def _edge_loss(painted: Tensor, target: Tensor, weight: Tensor, axis: int) -> Tensor:
+    error = (painted.diff(dim=axis) - target.diff(dim=axis)).abs().mean(1)
+    weight = weight.narrow(axis - 1, 1, weight.shape[axis - 1] - 1)
+    return (error * weight).mean() / weight.mean()
+
+
+@torch.no_grad()
+def latent_scale(vae: AutoencoderKL, device: torch.device) -> float:
+    """1 / standard deviation of the latents (Rombach et al. 2022, appendix G)."""
+    scenes = sample_scenes(_MEASURED, torch.Generator().manual_seed(1), people="mixed")
+    vae.register_to_config(scaling_factor=1.0)
+    latents = encode_images(vae, render(scenes.to(device)).images)
+    return float(f"{1 / latents.std().item():.5f}")
+
+
+@torch.no_grad()
+def measure_vae(vae: AutoencoderKL, device: torch.device) -> dict[str, Any]:
+    """PSNR in dB over whole pictures and inside face boxes, on people never trained on."""
+    scenes = sample_scenes(_MEASURED, torch.Generator().manual_seed(99), split="test")
+    drawn = render(scenes.to(device))
+    painted = decode_latents(vae, encode_images(vae, drawn.images))
+    error = (painted - drawn.images).square().mean(1)
+    faces = face_pixels(drawn)
+    whole, inside = error.mean().item(), ((error * faces).sum() / faces.sum()).item()
+    l1 = F.l1_loss(painted, drawn.images).item()
+    return {"psnr": -10 * math.log10(whole), "psnr_face": -10 * math.log10(inside), "l1": l1}

@@ -1,0 +1,1 @@
+"""The LoRA data set: one DreamBooth LoRA per person, many people, and its collection."""

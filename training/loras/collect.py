@@ -1,0 +1,107 @@
+"""Stage collect-loras: checks the LoRAs of many people and packs them into shards."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from difflora_core.errors import DiffLoRAError
+from difflora_core.lora_space import LoraSpace
+from difflora_core.weights_file import read_lora, read_safetensors, write_safetensors
+
+from ..artifacts import artifact, artifacts_folder
+from ..config import Config
+from ..run_folder import RunFolder
+from .config import LorasConfig
+from .stage import lora_space
+
+logger = logging.getLogger(__name__)
+INDEX = "loras/index.json"
+#: more of its energy outside the space than this, and a LoRA is left out
+LARGEST_LOSS = 0.05
+
+
+@dataclass(frozen=True)
+class LoraSet:
+    """Packed LoRAs: vectors [N, D] float32 and the identity seeds [N] of their people."""
+
+    space: LoraSpace
+    vectors: Tensor
+    seeds: Tensor
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+
+def run(config: Config, folder: RunFolder) -> None:
+    """Read every LoRA of the data set, refuse what does not fit, write shards and the index."""
+    space = lora_space(config.loras)
+    files = sorted(Path(config.run.root, "train-identity-loras", "people").glob("*.safetensors"))
+    if not files:
+        raise DiffLoRAError(
+            "There are no identity LoRAs to collect.", hint="Run train-identity-loras first."
+        )
+    seeds, vectors, refused = [], [], {}
+    for file in files:
+        try:
+            projection = space.project(read_lora(file))
+        except DiffLoRAError as error:
+            refused[file.name] = error.message
+            continue
+        if projection.lost > LARGEST_LOSS:
+            refused[file.name] = f"{projection.lost:.0%} of its energy lies outside the space"
+            continue
+        seeds.append(int(file.stem))
+        vectors.append(projection.vector)
+    for name, reason in list(refused.items())[:3]:
+        logger.warning("%s left out: %s", name, reason)
+    collected = LoraSet(space, torch.stack(vectors), torch.tensor(seeds))
+    write_set(artifacts_folder(config), collected, config.loras, len(refused))
+
+
+def write_set(folder: Path, loras: LoraSet, config: LorasConfig, refused: int = 0) -> None:
+    """Shards first, the index last: an index that is there describes whole shards."""
+    shards = []
+    (folder / "loras").mkdir(parents=True, exist_ok=True)
+    for i in range(0, len(loras), config.shard):
+        name = f"loras/shard_{i // config.shard:03d}.safetensors"
+        part = slice(i, i + config.shard)
+        tensors = {"vectors": loras.vectors[part].half(), "seeds": loras.seeds[part]}
+        write_safetensors(folder / name, tensors, {"space": loras.space.id}, overwrite=True)
+        shards.append(name)
+    norms = loras.vectors.norm(dim=1)
+    index = {
+        "space": loras.space.id,
+        "count": len(loras),
+        "refused": refused,
+        "shards": shards,
+        "norm": {"mean": norms.mean().item(), "std": norms.std(correction=0).item()},
+        "mean_cosine_to_average": _cosine_to_average(loras.vectors),
+    }
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    logger.info("%d LoRAs in %d shards, %d refused", len(loras), len(shards), refused)
+
+
+def read_set(config: Config) -> LoraSet:
+    """The collected data set of a run. Raises DiffLoRAError when it belongs to another space."""
+    space = lora_space(config.loras)
+    path = artifact(config, INDEX)
+    index = json.loads(path.read_text(encoding="utf-8"))
+    if index["space"] != space.id:
+        raise DiffLoRAError(
+            f"The collected LoRAs are of space {index['space']}, the config asks for {space.id}.",
+            hint="Run collect-loras again with this config, or use the config they were made with.",
+        )
+    shards = [read_safetensors(path.parent.parent / name)[0] for name in index["shards"]]
+    vectors = torch.cat([shard["vectors"] for shard in shards]).float()
+    return LoraSet(space, vectors, torch.cat([shard["seeds"] for shard in shards]))
+
+
+def _cosine_to_average(vectors: Tensor) -> float:
+    average = vectors.mean(0, keepdim=True)
+    return torch.cosine_similarity(vectors, average).mean().item()

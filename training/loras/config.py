@@ -1,0 +1,36 @@
+"""Settings of the LoRA data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class LorasConfig:
+    """Stages train-identity-loras and collect-loras."""
+
+    people: int = 480
+    """How many people of the training range get a LoRA."""
+    first: int = 0
+    """Identity seed of the first one; the others follow."""
+    rank: int = 4
+    """Rank of every layer; alpha = rank."""
+    gauge: Literal["frozen_down", "shared_init", "free", "svd"] = "frozen_down"
+    """How the factors are made unique; see difflora_core/lora_space.py."""
+    steps: int = 150
+    """Optimiser steps per person."""
+    pictures: int = 12
+    """Training pictures per person: photos with captions, all different."""
+    batch: int = 4
+    """Pictures of each person per step."""
+    lr: float = 2e-3
+    """Adam's learning rate, constant after ten steps of warm-up."""
+    prior: float = 0.0
+    """Weight of prior preservation: other people's pictures, captioned "a person", drawn as the
+    base model knows them (DreamBooth, Ruiz et al. 2023, eq. 2); 0 = none."""
+    group: int = 0
+    """People trained side by side in one batch; 0 = 64 on cuda, 1 on cpu. Each person's LoRA is
+    the same whatever the group, since nothing is shared between people but the frozen model."""
+    shard: int = 512
+    """LoRAs per file of the collected set."""

@@ -1,0 +1,111 @@
+"""Stage train-autoencoder: the LoRA autoencoder on the collected LoRAs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from difflora_core.lora_space import LoraSpace
+from difflora_core.predictor import Predictor
+from difflora_core.presets import preset
+
+from ..artifacts import record_artifact
+from ..config import Config
+from ..loop import Trainer
+from ..loras.collect import read_set
+from ..run_folder import RunFolder
+from .bundle import save_bundle
+from .conditions import PhotoEncoders
+from .config import AutoencoderTraining
+from .losses import delta_loss, weight_preserved_loss
+
+#: every tenth LoRA is kept back to measure reconstruction
+_KEPT_BACK = 10
+
+
+def run(config: Config, folder: RunFolder) -> None:
+    settings, device = config.predictor.autoencoder, config.run.torch_device()
+    torch.manual_seed(config.run.seed)
+    loras = read_set(config)
+    vectors = loras.vectors.to(device)
+    held = torch.arange(len(vectors), device=device) % _KEPT_BACK == _KEPT_BACK - 1
+    train, test = vectors[~held], vectors[held]
+    predictor = new_predictor(config, loras.space).to(device)
+    predictor.value_statistics.fit(train)
+    trainer = Trainer(
+        {"autoencoder": predictor.autoencoder},
+        settings.optim,
+        config.run,
+        folder.part(config.predictor.name),
+        items_per_step=settings.batch,
+    )
+
+    def step(i: int) -> dict[str, Tensor]:
+        batch = draw_vectors(train, settings, trainer.generator)
+        return autoencoder_losses(predictor, batch, settings, trainer.generator)
+
+    trainer.fit(step)
+    predictor.autoencoder.load_state_dict(trainer.averaged("autoencoder"))
+    fit_latents(predictor, train)
+    name = f"{config.predictor.name}.autoencoder"
+    save_bundle(config, predictor, name)
+    record_artifact(config, f"{name}.safetensors", measure(predictor, train, test))
+
+
+def new_predictor(config: Config, space: LoraSpace) -> Predictor:
+    """An untrained predictor of the configured preset for the encoders of this run."""
+    encoders = PhotoEncoders(config)
+    face = encoders.recogniser.config.network.embedding
+    image = encoders.image_encoder.config.model["embed_dim"]
+    return Predictor(preset(config.predictor.preset, space, face, image))
+
+
+def draw_vectors(
+    vectors: Tensor, config: AutoencoderTraining, generator: torch.Generator
+) -> Tensor:
+    """A batch [B, D], some of it blends of two LoRAs."""
+    device = vectors.device
+    index = torch.randint(len(vectors), (2, config.batch), generator=generator, device=device)
+    first, second = vectors[index[0]], vectors[index[1]]
+    share = torch.rand(config.batch, 1, generator=generator, device=device)
+    blended = torch.rand(config.batch, 1, generator=generator, device=device) < config.mix
+    # blends of independent LoRAs are smaller; rescaled so that they look like LoRAs of people
+    blend = (share * first + (1 - share) * second) / (share**2 + (1 - share) ** 2).sqrt()
+    return torch.where(blended, blend, first)
+
+
+def autoencoder_losses(
+    predictor: Predictor, vectors: Tensor, config: AutoencoderTraining, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Weight-preserved loss on standard values and direction and size of each layer's delta W."""
+    values = predictor.value_statistics(vectors)
+    latents = predictor.autoencoder.encode(values)
+    noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+    spread = latents.detach().std(0, keepdim=True)
+    rebuilt = predictor.autoencoder.decode(latents + config.jitter * spread * noise)
+    weighted = weight_preserved_loss(rebuilt.float(), values, config.magnitude)
+    restored = predictor.value_statistics.inverse(rebuilt)
+    delta = delta_loss(predictor.space, restored, vectors)
+    return {"loss": weighted + config.delta * delta, "values": weighted, "delta": delta}
+
+
+@torch.no_grad()
+def fit_latents(predictor: Predictor, vectors: Tensor) -> None:
+    """Give latents unit variance."""
+    raw = predictor.autoencoder.encode(predictor.value_statistics(vectors))
+    predictor.latent_statistics.fit(raw)
+
+
+@torch.no_grad()
+def measure(predictor: Predictor, train: Tensor, test: Tensor) -> dict[str, float]:
+    """Share of variance explained and cosine of delta W, on LoRAs trained on and kept back."""
+    figures: dict[str, float] = {"compression": predictor.space.size / predictor.latent_shape[0]}
+    figures["compression"] /= predictor.latent_shape[1]
+    for name, vectors in (("train", train[:256]), ("test", test[:256])):
+        rebuilt = predictor.decode(predictor.encode(vectors))
+        error = (rebuilt - vectors).square().sum()
+        spread = (vectors - predictor.value_statistics.mean).square().sum()
+        figures[f"explained_{name}"] = 1 - (error / spread).item()
+        cosine = torch.cosine_similarity(rebuilt, vectors).mean()
+        figures[f"cosine_{name}"] = cosine.item()
+    return figures

@@ -1,0 +1,75 @@
+"""Photos of drawn people and their embeddings: what a predictor is conditioned on in training.
+
+In use, landmarks come from a detector; here from the ground truth, moved about as a detector errs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from difflora_core.image_encoder import ImageEncoder
+from difflora_core.recogniser import Recogniser
+
+from ..artifacts import artifact
+from ..config import Config
+from ..portraits import Portraits, Scene, render, sample_scenes
+
+#: standard deviation of a detector's landmark error, in pixels of a 128 px picture
+LANDMARK_ERROR = 0.7
+_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Of N people with J photos each: face [N, J, Ef], image [N, J, Ei], unit length."""
+
+    face: Tensor
+    image: Tensor
+
+    def pick(self, people: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """One random photo of each person [B]: face [B, Ef], image [B, Ei]."""
+        photos = self.face.shape[1]
+        j = torch.randint(photos, people.shape, generator=generator, device=people.device)
+        return self.face[people, j], self.image[people, j]
+
+
+class PhotoEncoders:
+    """The conditioning recogniser and the image encoder, frozen, on one device."""
+
+    def __init__(self, config: Config) -> None:
+        self.device = config.run.torch_device()
+        self.recogniser = Recogniser.open(artifact(config, "recogniser")).to(self.device)
+        self.image_encoder = ImageEncoder.open(artifact(config, "image_encoder")).to(self.device)
+
+    @torch.no_grad()
+    def embed(self, drawn: Portraits, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Face and image embeddings of the first person of each picture."""
+        points = drawn.landmarks[:, 0]
+        error = torch.randn(points.shape, generator=generator) * LANDMARK_ERROR
+        face = self.recogniser.embed(drawn.images, points + error.to(points.device))
+        return face, self.image_encoder.encode(drawn.images)[0]
+
+    def embed_people(self, identity: Tensor, photos: int, seed: int) -> Embeddings:
+        """`photos` random photos of each person, identity [N, 20]."""
+        generator = torch.Generator().manual_seed(seed)
+        faces, images = [], []
+        for few in identity.cpu().split(max(1, _CHUNK // photos)):
+            scene = sample_photos(few.repeat_interleave(photos, 0), generator)
+            face, image = self.embed(render(scene.to(self.device)), generator)
+            faces.append(face.view(len(few), photos, -1))
+            images.append(image.view(len(few), photos, -1))
+        return Embeddings(torch.cat(faces), torch.cat(images))
+
+
+def sample_photos(identity: Tensor, generator: torch.Generator) -> Scene:
+    """Scenes of one person each as people photograph themselves: photos, no sunglasses."""
+    n = len(identity)
+    scene = sample_scenes(
+        n, generator, identity=identity[:, None], fixed={"style": "photo", "framing": "portrait"}
+    )
+    # accessory 2 is sunglasses: a photo that hides the eyes cannot tell their colour
+    scene.accessory[scene.accessory == 2] = 0
+    return scene

@@ -1,0 +1,123 @@
+"""Stage finetune-predictor: the whole predictor through the frozen U-Net.
+
+The loss is the U-Net's own denoising loss on other pictures of the person in the photo, so no LoRA
+data set limits how many people it sees. The predictor is trained on its own few-step sampling: a
+random number of steps without gradient, then one with.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from difflora_core.mif import Condition
+from difflora_core.predictor import Predictor
+
+from ..base.noise import NoiseSchedule
+from ..base.painter import Painter
+from ..base.side_path import Factors, spread_factors
+from ..config import Config
+from ..loop import Trainer
+from ..run_folder import RunFolder
+from .bundle import open_bundle
+from .conditions import PhotoEncoders
+from .config import FinetuneTraining
+from .dit_stage import finish, random_condition
+from .people_pool import PeoplePool, build_people_pool
+
+PARTS = ("dit", "mixer", "autoencoder")
+
+
+def run(config: Config, folder: RunFolder) -> None:
+    name, settings = config.predictor.name, config.predictor.finetune
+    torch.manual_seed(config.run.seed)
+    predictor = open_bundle(config, f"{name}.dit")
+    painter = Painter.open(config)
+    pool = build_people_pool(painter, PhotoEncoders(config), settings, config.run.seed)
+    trainer = Trainer(
+        {part: getattr(predictor, part) for part in PARTS},
+        settings.optim,
+        config.run,
+        folder.part(name),
+        items_per_step=settings.batch * settings.per_person,
+    )
+    stage = EndToEnd(predictor, painter, pool, settings, trainer.generator)
+    trainer.fit(stage.step)
+    for part in PARTS:
+        getattr(predictor, part).load_state_dict(trainer.averaged(part))
+    figures = {"people": len(pool), "steps": trainer.step}
+    finish(config, predictor, [], figures, final=True)
+
+
+class EndToEnd:
+    """One training step: photo -> latent -> LoRA -> U-Net -> loss."""
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        painter: Painter,
+        pool: PeoplePool,
+        config: FinetuneTraining,
+        generator: torch.Generator,
+    ) -> None:
+        self.predictor, self.painter, self.pool, self.config = predictor, painter, pool, config
+        self.generator = generator
+        self.schedule = NoiseSchedule(painter.device)
+
+    def step(self, i: int) -> dict[str, Tensor]:
+        config, device = self.config, self.painter.device
+        people = self._integers(len(self.pool), config.batch)
+        condition = random_condition(
+            self.predictor, self.pool.photos, people, self.generator, config.drop_source
+        )
+        vectors = self.predictor.decode(self.own_estimate(condition, i % config.rollout))
+        which = torch.rand(
+            config.batch, self.config.pictures, generator=self.generator, device=device
+        ).argsort(1)[:, : config.per_person]
+        plain, weighted = self.painting_loss(vectors, people, which)
+        size = vectors.square().mean()
+        return {"loss": weighted + config.shrink * size, "epsilon": plain, "size": size}
+
+    def own_estimate(self, condition: Condition, done: int) -> Tensor:
+        """The predictor's estimate of z_0 after `done` of its sampling steps from pure noise."""
+        steps, rows = self.config.rollout, len(condition.vector)
+        shape = (rows, *self.predictor.latent_shape)
+        z = torch.randn(shape, generator=self.generator, device=condition.vector.device)
+        times = torch.linspace(1, 0, steps + 1, device=z.device)
+        for k in range(done + 1):
+            t, s = times[k].expand(rows), times[k + 1].expand(rows)
+            with torch.set_grad_enabled(k == done):
+                x0 = self.predictor.denoise(z, t, condition)
+                if k < done:
+                    z = self.predictor.diffusion.step(x0, z, t, s)
+        return x0
+
+    def painting_loss(
+        self, vectors: Tensor, people: Tensor, which: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Mean epsilon loss and its weighted form on pictures `which` [B, m] of the people [B]."""
+        latents = self.pool.latents[people[:, None], which].flatten(0, 1).float()
+        prompts = self.pool.prompts[people[:, None], which].flatten(0, 1).long()
+        noise = torch.randn(latents.shape, generator=self.generator, device=latents.device)
+        t = self._integers(1000, len(latents))
+        context = self.painter.text(prompts).last_hidden_state
+        with self.painter.side_path.using(self.factors(vectors, which.shape[1])):
+            noisy = self.schedule.add_noise(latents, noise, t)
+            predicted = self.painter.unet(noisy, t, context).sample
+        plain = self.schedule.loss(predicted, noise, t)
+        weight = self.schedule.min_snr_weight(t, self.config.min_snr)
+        return plain.mean(), (plain * weight).mean()
+
+    def factors(self, vectors: Tensor, times: int) -> Factors:
+        """LoRA vectors [B, D] -> factors for a batch with each person `times` times in a row."""
+        space = self.predictor.space
+        pairs = space.unpack_factors(vectors)
+        shared = {n: d.to(vectors.device) for n, d in space.downs().items()}
+        factors = {
+            name: (down if space.predicts_down else shared[name], up * space.scale)
+            for name, (down, up) in pairs.items()
+        }
+        return spread_factors(factors, times)
+
+    def _integers(self, high: int, count: int) -> Tensor:
+        return torch.randint(high, (count,), generator=self.generator, device=self.painter.device)

@@ -1,0 +1,74 @@
+"""Many people with a few encoded pictures and photos each: what the end-to-end stage trains on."""
+
+from __future__ import annotations
+
+import os
+import random
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+import torch
+from torch import Tensor
+
+from ..base.painter import Painter
+from ..base.pool import encode_images
+from ..base.tokens import rows
+from ..loras.teacher import SUBJECT
+from ..portraits import Scene, describe, identities, render, sample_scenes
+from .conditions import Embeddings, PhotoEncoders
+from .config import FinetuneTraining
+
+_CHUNK = 256
+_PARALLEL_FROM = 2_000
+
+
+@dataclass(frozen=True)
+class PeoplePool:
+    """latents [N, K, 4, 16, 16] half precision, prompts [N, K, 77] table rows, photos [N, J]."""
+
+    latents: Tensor
+    prompts: Tensor
+    photos: Embeddings
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+def build_people_pool(
+    painter: Painter, encoders: PhotoEncoders, config: FinetuneTraining, seed: int
+) -> PeoplePool:
+    """Draw and encode everything once, on the device."""
+    people = identities(torch.arange(config.first, config.first + config.people))
+    generator = torch.Generator().manual_seed(seed)
+    scenes = [_pictures(few, config.pictures, generator) for few in people.split(_CHUNK)]
+    prompts = _speak_all(scenes, seed)
+    latents = [
+        encode_images(painter.vae, render(scene.to(painter.device)).images).half()
+        for scene in scenes
+    ]
+    shape = (config.people, config.pictures)
+    return PeoplePool(
+        torch.cat(latents).view(*shape, 4, 16, 16),
+        torch.cat(prompts).short().to(painter.device).view(*shape, -1),
+        encoders.embed_people(people, config.photos, seed + 1),
+    )
+
+
+def _pictures(identity: Tensor, count: int, generator: torch.Generator) -> Scene:
+    """`count` scenes of each person; all styles, so that a personal prompt still obeys them."""
+    each = identity.repeat_interleave(count, 0)[:, None]
+    return sample_scenes(len(each), generator, identity=each)
+
+
+def _speak_all(scenes: list[Scene], seed: int) -> list[Tensor]:
+    if sum(len(scene) for scene in scenes) < _PARALLEL_FROM:
+        return [_speak(scene, seed + i) for i, scene in enumerate(scenes)]
+    # spawn: a process that has touched a GPU must not fork
+    context, count = get_context("spawn"), max(1, (os.cpu_count() or 2) - 2)
+    with ProcessPoolExecutor(count, context) as workers:
+        return list(workers.map(_speak, scenes, range(seed, seed + len(scenes))))
+
+
+def _speak(scene: Scene, seed: int) -> Tensor:
+    return rows(describe(scene, random.Random(seed), subject=SUBJECT, mention=0.85))
