@@ -9,15 +9,15 @@ venv:
 	@$(PYTHON) tools/make_env.py
 
 demo: venv
-	$(VENV) -m training demo
+	$(VENV) -m training demo --config training/configs/mini.toml run.root=runs
 
 test: venv
-	$(VENV) -m pytest tests
+	$(VENV) -m pytest tests --ignore=tests/host
 
 # Needs a ComfyUI checkout at COMFYUI_PATH, and an interpreter that can run it (COMFYUI_PYTHON).
 test-host: venv
 	@test -n "$(COMFYUI_PATH)" || { echo "set COMFYUI_PATH to a ComfyUI checkout"; exit 2; }
-	COMFYUI_PATH="$(COMFYUI_PATH)" $(or $(COMFYUI_PYTHON),$(VENV)) -m pytest tests/nodes -m host
+	COMFYUI_PATH="$(COMFYUI_PATH)" $(or $(COMFYUI_PYTHON),$(VENV)) -m pytest tests/host
 
 check: venv
 	$(VENV) -m ruff check .
