@@ -110,6 +110,7 @@ class LoraSpace:
         return spec.in_features if self.predicts_down else 0
 
     @cached_property
+    @torch.inference_mode(False)  # what is kept must also serve in training, whoever asked first
     def _downs(self) -> dict[str, Tensor]:
         return {
             s.name: seeded_rows(self.rank, s.in_features, self.seed, s.name) for s in self.layers
@@ -174,6 +175,7 @@ class LoraSpace:
         rows = len(vectors)
         return {name: (shared[name].expand(rows, -1, -1), up) for name, (_, up) in split.items()}
 
+    @torch.inference_mode(False)
     def _downs_like(self, like: Tensor) -> dict[str, Tensor]:
         """The shared A on the device of `like`: copied there once, not at every training step."""
         key = (like.device, like.dtype)

@@ -185,6 +185,15 @@ def test_batched_unpacking_equals_single():
         assert vectors.grad is not None
 
 
+def test_shared_factors_serve_in_training_after_a_use_without_gradients():
+    s = space()
+    with torch.inference_mode():
+        s.unpack(torch.zeros(s.size))
+    vectors = torch.randn(1, s.size, requires_grad=True)
+    sum((up @ down).square().sum() for down, up in s.unpack_factors(vectors).values()).backward()
+    assert vectors.grad is not None and bool(vectors.grad.any())
+
+
 def test_id_changes_with_everything_that_matters():
     base = space()
     others = [
