@@ -34,13 +34,15 @@ def similarity(source: Tensor, target: Tensor) -> Tensor:
 
     Args: source, target: [B, N, 2]. Returns: matrices [B, 2, 3]. Differentiable.
     """
+    source, target = source.float(), target.float()
     source_mean, target_mean = source.mean(1, keepdim=True), target.mean(1, keepdim=True)
     s, t = source - source_mean, target - target_mean
     size = (s * s).sum((1, 2)).clamp(min=1e-8)
     real = (s * t).sum((1, 2)) / size
     imaginary = (s[..., 0] * t[..., 1] - s[..., 1] * t[..., 0]).sum(1) / size
     turn = torch.stack([real, -imaginary, imaginary, real], -1).view(-1, 2, 2)
-    shift = target_mean[:, 0] - (turn @ source_mean[:, 0, :, None])[..., 0]
+    # no matrix product: autocast would round positions to 8 bits
+    shift = target_mean[:, 0] - (turn * source_mean).sum(-1)
     return torch.cat([turn, shift[..., None]], -1)
 
 
@@ -51,8 +53,7 @@ def align(images: Tensor, landmarks: Tensor, size: int = TEMPLATE_SIZE) -> Tenso
     Returns: [B, C, size, size]. Differentiable in the images and the landmarks.
     """
     template = torch.tensor(TEMPLATE, device=images.device) * (size / TEMPLATE_SIZE)
-    template = template.expand(len(images), 5, 2)
-    back = similarity(template, landmarks.float())
+    back = similarity(template.expand(len(images), 5, 2), landmarks)
     return warp(images, back, size)
 
 
@@ -60,8 +61,8 @@ def warp(images: Tensor, back: Tensor, size: int) -> Tensor:
     """Sample square pictures; `back` [B, 2, 3] maps pixels of the result to pixels of `images`."""
     axis = torch.arange(size, device=images.device, dtype=torch.float32)
     y, x = torch.meshgrid(axis, axis, indexing="ij")
-    points = torch.stack([x, y, torch.ones_like(x)], -1)
-    source = torch.einsum("bij,hwj->bhwi", back.float(), points)
+    turn, shift = back[:, None, None, :, :2].float(), back[:, None, None, :, 2].float()
+    source = (turn * torch.stack([x, y], -1)[:, :, None]).sum(-1) + shift
     limits = torch.tensor([images.shape[-1], images.shape[-2]], device=images.device)
     grid = (source * 2 + 1) / limits - 1
     crops = F.grid_sample(images.float(), grid, padding_mode="zeros", align_corners=False)

@@ -82,6 +82,8 @@ def test_numbered_crops_differ_by_their_number_only_in_the_corner() -> None:
 
 def test_sharpness_falls_with_blur() -> None:
     noise = np.random.default_rng(0).integers(0, 255, (120, 120, 3), np.uint8)
-    blurred = ((noise.astype(int) + np.roll(noise, 1, 0) + np.roll(noise, 1, 1)) // 3).astype(np.uint8)
+    blurred = ((noise.astype(int) + np.roll(noise, 1, 0) + np.roll(noise, 1, 1)) // 3).astype(
+        np.uint8
+    )
     points = turned_template(0, 0.8, (60, 60))
     assert sharpness(noise, points) > 2 * sharpness(blurred, points)

@@ -55,7 +55,11 @@ def test_transparency_shows_white(tmp_path: Path, picture: np.ndarray) -> None:
 def test_palette_and_its_transparent_colour(tmp_path: Path) -> None:
     indices = np.zeros((80, 80), np.uint8)
     indices[:, 40:] = 1
-    image = Image.fromarray(indices, "P") if not hasattr(Image, "frombytes") else Image.new("P", (80, 80))
+    image = (
+        Image.fromarray(indices, "P")
+        if not hasattr(Image, "frombytes")
+        else Image.new("P", (80, 80))
+    )
     image.putdata(indices.flatten().tolist())
     image.putpalette([10, 20, 30, 200, 100, 50])
     loaded = load_photo(save(tmp_path, image, "p.png", transparency=0))
@@ -94,7 +98,12 @@ def test_first_frame_of_an_animation(tmp_path: Path) -> None:
 
 def test_float_arrays_and_tensors(picture: np.ndarray) -> None:
     values = picture / 255.0
-    for source in (values, values.astype(np.float32), torch.tensor(values), torch.tensor(values)[None]):
+    for source in (
+        values,
+        values.astype(np.float32),
+        torch.tensor(values),
+        torch.tensor(values)[None],
+    ):
         assert np.array_equal(load_photo(source), picture)
     assert np.array_equal(load_photo(picture[..., 0] > 100)[..., 0], (picture[..., 0] > 100) * 255)
 

@@ -47,10 +47,9 @@ def train_attribute_heads(config: EncodersConfig, run: RunConfig, folder: RunFol
         modules, settings.optim, run, folder, step, batch=settings.batch, minutes=config.minutes
     )
     net.load_state_dict(trainer.averaged("net"))
-    net.cpu().eval()
-    figures = measure_checker(net, 2 * config.check_people, run.seed)
+    figures = measure_checker(net.eval(), 2 * config.check_people, run.seed)
     net.config = replace(net.config, figures=figures)
-    return net
+    return net.cpu()
 
 
 def draw_examples(count: int, generator: torch.Generator, device: torch.device) -> Examples:
@@ -81,10 +80,12 @@ def move(images: Tensor, most: float) -> Tensor:
 @torch.no_grad()
 def measure_checker(net: PortraitNet, count: int, seed: int) -> dict[str, float]:
     """Accuracy per attribute and R^2 of the identity on held-out people and combinations."""
+    device = next(net.parameters()).device
     generator = generator_for(seed, 10**6)
-    who = people_scenes(count, generator, torch.device("cpu"), split="test")[0].identity
-    scene = sample_scenes(count, generator, identity=who, split="test")
-    drawn = render_in_parts(scene)
+    who = people_scenes(count, generator, device, split="test")[0].identity
+    drawn = render_in_parts(
+        sample_scenes(count, generator, identity=who, split="test", device=device)
+    )
     outputs = [net(part) for part in drawn.images.split(100)]
     result = {}
     for name in ATTRIBUTES:
@@ -133,7 +134,8 @@ def zoom_in(images: Tensor) -> Tensor:
 def two_view_loss(codes: Tensor, temperature: float) -> Tensor:
     """NT-Xent: codes [2 B, D] of length 1, the views of picture i at i and B + i."""
     count = len(codes) // 2
-    logits = codes @ codes.T / temperature
+    with torch.autocast(codes.device.type, enabled=False):
+        logits = codes @ codes.T / temperature
     logits.fill_diagonal_(-torch.inf)
     partner = torch.arange(2 * count, device=codes.device).roll(count)
     return F.cross_entropy(logits, partner)

@@ -17,7 +17,7 @@ NAMES = (
 class DetectorConfig:
     """The face detector: SCRFD (Guo et al., 2021) in small."""
 
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(steps=6000, lr=2e-3))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(steps=12000, lr=2e-3))
     """Optimiser; steps is the most that minutes allows."""
     batch: int = 128
     """Pictures per step at the smallest canvas; larger canvases take fewer."""

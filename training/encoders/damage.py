@@ -15,6 +15,11 @@ from torch import Tensor
 
 def damage(images: Tensor, strength: float = 1.0) -> Tensor:
     """Pictures [B, 3, H, W] in 0..1 with random damage; about a third stays nearly clean."""
+    with torch.autocast(images.device.type, enabled=False):
+        return _damage(images, strength)
+
+
+def _damage(images: Tensor, strength: float) -> Tensor:
     images = _some(blur(images, 2.0 * strength), images, 0.5)
     images = _some(resample(images, 1 + strength), images, 0.3)
     images = shift_colours(images, 0.12 * strength)

@@ -31,7 +31,7 @@ ZOOM = (0.35, 1.8)
 
 
 def train_detector(config: EncodersConfig, run: RunConfig, folder: RunFolder) -> Detector:
-    """Train; returns the averaged network on the CPU, in evaluation mode."""
+    """Train; returns the averaged network, in evaluation mode."""
     device, settings = run.torch_device(), config.detector
     torch.manual_seed(run.seed)
     detector = Detector(settings.widths).to(device)
@@ -53,7 +53,7 @@ def train_detector(config: EncodersConfig, run: RunConfig, folder: RunFolder) ->
         modules, settings.optim, run, folder, step, batch=settings.batch, minutes=config.minutes
     )
     detector.load_state_dict(trainer.averaged("detector"))
-    return detector.cpu().eval()
+    return detector.eval()
 
 
 def draw_examples(count: int, generator: torch.Generator, device: torch.device) -> Examples:
@@ -158,14 +158,15 @@ def normalise(images: Tensor) -> Tensor:
 @torch.no_grad()
 def measure_detector(detector: Detector, seed: int, count: int) -> dict[str, float]:
     """Recall and precision at score 0.5 and IoU 0.5 on fresh pictures at their own size, 128 px."""
-    examples = draw_examples(count, generator_for(seed, 10**6), torch.device("cpu"))
+    device = next(detector.parameters()).device
+    examples = draw_examples(count, generator_for(seed, 10**6), device)
     images = F.avg_pool2d(examples["images"].float() / 255, 2)
     found = right = 0
     errors = []
     for i, image in enumerate(images):
         boxes, points = detect(detector, image)
-        truth = examples["boxes"][i][examples["present"][i]] / 2
-        marks = examples["landmarks"][i][examples["present"][i]] / 2
+        here = examples["present"][i]
+        truth, marks = (examples[k][i][here].cpu() / 2 for k in ("boxes", "landmarks"))
         found += len(boxes)
         if len(boxes) and len(truth):
             overlap, which = box_iou(truth, boxes).max(1)
@@ -181,10 +182,12 @@ def measure_detector(detector: Detector, seed: int, count: int) -> dict[str, flo
 
 
 def detect(detector: Detector, image: Tensor, threshold: float = 0.5) -> tuple[Tensor, Tensor]:
-    """Boxes [N, 4] and landmarks [N, 5, 2] in one picture [3, H, W]: insightface's decoding."""
+    """Boxes [N, 4] and landmarks [N, 5, 2] in a picture [3, H, W], on the CPU, as insightface
+    decodes them.
+    """
     all_scores, all_boxes, all_points = [], [], []
     height, width = image.shape[-2:]
-    levels = detector(normalise(image)[None])
+    levels = [[part.cpu() for part in level] for level in detector(normalise(image)[None])]
     for (score, box, point), stride in zip(levels, STRIDES, strict=True):
         y, x = torch.meshgrid(
             torch.arange(height // stride), torch.arange(width // stride), indexing="ij"

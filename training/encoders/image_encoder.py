@@ -70,11 +70,11 @@ def train_image_encoder(config: EncodersConfig, run: RunConfig, folder: RunFolde
     )
     encoder.clip.load_state_dict(trainer.averaged("clip"))
     encoder.visual.output_tokens = True
-    encoder.cpu().eval()
+    encoder.eval()
     merge_unknown_tokens(encoder.clip, known)
     figures = measure_image_encoder(encoder, config.check_people, run.seed)
     encoder.config = replace(encoder.config, figures=figures)
-    return encoder
+    return encoder.cpu()
 
 
 def contrastive(clip: Any, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
@@ -118,12 +118,13 @@ def merge_unknown_tokens(clip: nn.Module, known: Tensor) -> None:
 def measure_image_encoder(encoder: ImageEncoder, count: int, seed: int) -> dict[str, float]:
     """How often a held-out picture finds its prompt among `count`, and the mean cosines."""
     generator = generator_for(seed, 10**6)
-    scene = sample_scenes(count, generator, split="test")
+    device = encoder.mean.device
+    scene = sample_scenes(count, generator, split="test", device=device)
     texts = encoder.encode_text(describe(scene))
     drawn = render_in_parts(scene).images
     images = torch.cat([encoder.encode(part)[0] for part in drawn.split(100)])
     cosine = images @ texts.T
-    own = torch.arange(count)
+    own = torch.arange(count, device=device)
     return {
         "among": float(count),
         "top1": float((cosine.argmax(-1) == own).double().mean()),

@@ -62,7 +62,7 @@ def train_recogniser(
     run: RunConfig,
     folder: RunFolder,
 ) -> Recogniser:
-    """Train and calibrate; returns the recogniser on the CPU with fp16-exact weights."""
+    """Train and calibrate; returns the recogniser with weights that fp16 holds exactly."""
     device = run.torch_device()
     torch.manual_seed(run.seed)
     recogniser = Recogniser(RecogniserConfig(network, name=folder.name)).to(device)
@@ -87,7 +87,7 @@ def train_recogniser(
     recogniser.eval().half().float()  # what the file will hold
     calibration = calibrate(recogniser, config.check_people, run.seed)
     recogniser.config = replace(recogniser.config, calibration=calibration)
-    return recogniser.cpu()
+    return recogniser
 
 
 def draw_examples(
