@@ -9,17 +9,22 @@ from ..run_config import OptimConfig
 
 @dataclass(frozen=True)
 class VaeConfig:
-    """AutoencoderKL, f8, four latent channels; its normalisations have 32 groups as ComfyUI's."""
+    """AutoencoderKL, f8, four latent channels."""
 
-    channels: tuple[int, ...] = (64, 64, 96, 96)
+    channels: tuple[int, ...] = (16, 32, 64, 64)
     """Width of each level, from 128 px down to 16."""
-    batch: int = 96
-    """Pictures per step."""
+    groups: int = 8
+    """Groups of its normalisations."""
+    batch: int = 32
+    """Crops per step; a quarter as many where whole pictures are taken."""
+    crop: int = 64
+    """Side of the crops, most of them around faces; every fourth step takes whole pictures, on
+    which the normalisations see what they will see in use. 0 = always whole pictures."""
     pool: int = 65536
     """Drawn pictures kept on the device; the oldest make way for new ones."""
-    chunk: int = 1024
+    chunk: int = 512
     """Pictures drawn at a time."""
-    reuse: float = 2.0
+    reuse: float = 4.0
     """How often a drawn picture is used on average."""
     kl_weight: float = 3e-5
     """Weight of the mean KL divergence per latent value."""
@@ -31,7 +36,7 @@ class VaeConfig:
     """Time for the training: the number of steps is set from the measured speed, at most
     optim.steps; 0 = optim.steps."""
     optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(steps=9000, lr=1e-3, warmup=200, ema=0.998)
+        default_factory=lambda: OptimConfig(steps=20000, lr=2e-3, warmup=100, ema=0.998)
     )
     """Optimiser."""
 

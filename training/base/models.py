@@ -32,7 +32,7 @@ def vae_config(config: VaeConfig) -> dict[str, Any]:
         "latent_channels": 4,
         "block_out_channels": list(config.channels),
         "layers_per_block": 1,
-        "norm_num_groups": 32,
+        "norm_num_groups": config.groups,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
         "sample_size": 128,

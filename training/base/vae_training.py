@@ -22,6 +22,9 @@ from .models import build_vae, vae_config
 from .pool import decode_latents, encode_images
 
 _MEASURED = 128
+_WHOLE_EVERY = 4
+#: share of crops that may lie anywhere rather than around a face
+_ANYWHERE = 0.25
 
 
 def train_vae(config: Config, folder: RunFolder) -> None:
@@ -32,7 +35,9 @@ def train_vae(config: Config, folder: RunFolder) -> None:
     pool = Pool(lambda k: _draw(config, k), settings.pool, settings.reuse)
 
     def step(i: int) -> dict[str, Tensor]:
-        return vae_losses(vae, pool.draw(settings.batch), settings)
+        whole = not settings.crop or i % _WHOLE_EVERY == 0
+        batch = pool.draw(settings.batch // 4 if whole else settings.batch)
+        return vae_losses(vae, batch if whole else crop_batch(batch, settings.crop), settings)
 
     trainer = train(
         {"vae": vae},
@@ -56,6 +61,34 @@ def _draw(config: Config, chunk: int) -> Examples:
     device, count = config.run.torch_device(), config.base.vae.chunk
     drawn = render(sample_scenes(count, generator, people="mixed", device=device))
     return {"images": as_bytes(drawn.images), "faces": as_bytes(face_pixels(drawn))}
+
+
+def crop_batch(batch: Examples, side: int) -> Examples:
+    """Square crops, three quarters of them with a face in the middle (as far as it goes)."""
+    images, faces = batch["images"], batch["faces"]
+    offsets = torch.arange(side, device=images.device)
+    rows = (_starts(faces.amax(2), side)[:, None] + offsets)[:, :, None]
+    columns = (_starts(faces.amax(1), side)[:, None] + offsets)[:, None, :]
+    which = torch.arange(len(images), device=images.device)[:, None, None]
+    return {
+        "images": images.permute(0, 2, 3, 1)[which, rows, columns].permute(0, 3, 1, 2),
+        "faces": faces[which, rows, columns],
+    }
+
+
+def _starts(inside: Tensor, side: int) -> Tensor:
+    """First pixel [N] of crops along one axis; inside [N, S] is 1 where faces are."""
+    n, size = inside.shape
+    position = torch.arange(size, device=inside.device)
+    middle = (inside * position).sum(1) / inside.sum(1).clamp(min=1)
+    around = middle - side / 2 + (_uniform(inside) - 0.5) * side / 2
+    anywhere = _uniform(inside) * (size - side)
+    start = torch.where(_uniform(inside) < _ANYWHERE, anywhere, around)
+    return start.round().long().clamp(0, size - side)
+
+
+def _uniform(rows: Tensor) -> Tensor:
+    return torch.rand(len(rows), device=rows.device)
 
 
 def vae_losses(vae: AutoencoderKL, batch: Examples, config: VaeConfig) -> dict[str, Tensor]:
