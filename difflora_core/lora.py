@@ -5,7 +5,7 @@ Letters: `r` rank, `in`/`out` features or channels of the layer, `kh kw` kernel 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -108,5 +108,5 @@ class Lora:
         """Frobenius norm of every layer's difference, by name."""
         return {layer.name: layer.norm() for layer in self}
 
-    def _each(self, change) -> Lora:
+    def _each(self, change: Callable[[LoraLayer], LoraLayer]) -> Lora:
         return replace(self, layers={layer.name: change(layer) for layer in self})
