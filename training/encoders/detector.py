@@ -61,6 +61,8 @@ def draw_examples(count: int, generator: torch.Generator, device: torch.device) 
     third = -(-count // 3)
     parts: list[Examples] = []
     for people, share in ((1, count - 2 * (third // 2)), (2, third // 2), (3, third // 2)):
+        if not share:
+            continue
         scene = sample_scenes(share, generator, people=people, device=device)
         nobody = torch.rand(share, 1, generator=generator) < EMPTY_SHARE
         scene = replace(scene, present=scene.present & ~nobody.to(device))

@@ -1,0 +1,177 @@
+"""The exported pack in the real insightface, and the shipped one on people never trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from difflora_core.errors import BadWeightsFile
+from difflora_core.face import FaceEncoder
+from difflora_core.face_crop import align
+from difflora_core.recogniser import IResNetConfig, Recogniser, RecogniserConfig
+from training.artifacts import SHIPPED
+from training.encoders import detector as training
+from training.encoders.detector_loss import detector_loss
+from training.encoders.detector_net import Detector
+from training.encoders.drawing import generator_for, pictures_of
+from training.encoders.export_face_pack import export_detector, export_recogniser
+from training.encoders.pool import Examples
+from training.portraits import render, sample_scenes
+
+pytest.importorskip("insightface")
+pytest.importorskip("onnx")
+
+
+def pixels(image: torch.Tensor) -> np.ndarray:
+    return (image.permute(1, 2, 0) * 255).round().byte().numpy()
+
+
+@pytest.fixture(scope="module")
+def examples() -> Examples:
+    """Six pictures of one, two and three people at 128 px."""
+    drawn = training.draw_examples(6, generator_for(0, 0), torch.device("cpu"))
+    drawn["images"] = F.avg_pool2d(drawn["images"].float() / 255, 2)
+    return drawn | {"boxes": drawn["boxes"] / 2, "landmarks": drawn["landmarks"] / 2}
+
+
+@pytest.fixture(scope="module")
+def memorised(examples: Examples) -> Detector:
+    """A detector that knows six pictures by heart (about ten seconds)."""
+    torch.manual_seed(0)
+    detector = Detector((8, 16, 24, 32, 32), 24)
+    optimiser = torch.optim.Adam(detector.parameters(), lr=5e-3)
+    images = training.normalise(examples["images"])
+    truth = (examples["boxes"], examples["landmarks"], examples["present"])
+    for _ in range(140):
+        loss = detector_loss(detector.levels(images), 128, *truth)["loss"]
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    for module in detector.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+            module.reset_running_stats()
+    with torch.no_grad():
+        detector(images)
+    return detector.eval()
+
+
+@pytest.fixture(scope="module")
+def twin() -> Recogniser:
+    torch.manual_seed(0)
+    return Recogniser(RecogniserConfig(IResNetConfig())).half().float().eval()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory, memorised: Detector, twin: Recogniser) -> Path:
+    root = tmp_path_factory.mktemp("insightface")
+    place = root / "models" / "mini"
+    assert export_detector(memorised, place / "det_mini.onnx") < 1e-3
+    assert export_recogniser(twin, place / "rec_mini.onnx") < 1e-4
+    assert (place / "rec_mini.onnx").stat().st_size < 1_500_000  # half precision
+    return root
+
+
+def test_real_face_analysis_finds_the_drawn_faces(root: Path, examples: Examples) -> None:
+    encoder = FaceEncoder(FaceEncoder.open(root).analysis, "mini", sizes=(128,))
+    for i in range(6):
+        here = examples["present"][i]
+        truth = examples["boxes"][i][here]
+        faces = [f for f in encoder.faces(pixels(examples["images"][i])) if f.score > 0.6]
+        found = torch.from_numpy(np.stack([face.box for face in faces]))
+        overlap, which = training.box_iou(truth, found).max(1)
+        assert overlap.mean() > 0.7 and overlap.min() > 0.35
+        points = np.stack([faces[k].landmarks for k in which.tolist()])
+        assert np.abs(points - examples["landmarks"][i][here].numpy()).mean() < 2.5
+
+
+def test_embedding_is_the_torch_twins(root: Path, twin: Recogniser, examples: Examples) -> None:
+    from insightface.utils.face_align import norm_crop
+
+    encoder = FaceEncoder(FaceEncoder.open(root).analysis, "mini", sizes=(128,))
+    picture = pixels(examples["images"][0])
+    face = encoder.face(picture)
+    crop = torch.from_numpy(norm_crop(picture, face.landmarks)).permute(2, 0, 1)[None] / 255
+    own = align(torch.from_numpy(picture).permute(2, 0, 1)[None] / 255,
+                torch.from_numpy(face.landmarks)[None])  # fmt: skip
+    with torch.no_grad():
+        expected, ours = twin(crop)[0].numpy(), twin(own)[0].numpy()
+    assert np.abs(face.embedding - expected).max() < 1e-4
+    # cv2 rounds to 1/32 pixel, and an untrained network feels that
+    assert np.corrcoef(ours, expected)[0, 1] > 0.95
+    assert face.embedding.shape == (128,) and face.sharpness > 0
+
+
+def test_incomplete_packs_say_what_is_missing(root: Path, tmp_path: Path) -> None:
+    source = root / "models" / "mini"
+    for name, missing in (("det_mini.onnx", "a recogniser"), ("rec_mini.onnx", "a detector")):
+        place = tmp_path / missing[2:] / "models" / "mini"
+        place.mkdir(parents=True)
+        (place / name).write_bytes((source / name).read_bytes())
+        with pytest.raises(BadWeightsFile, match=rf"lacks {missing}; found there: {name}"):
+            FaceEncoder.open(tmp_path / missing[2:])
+
+
+SHIPPED_PACK = SHIPPED / "insightface"
+shipped = pytest.mark.skipif(
+    not (SHIPPED_PACK / "models" / "mini").exists(), reason="no face pack is shipped yet"
+)
+
+
+@shipped
+def test_shipped_pack_in_plain_insightface() -> None:
+    """As any other node pack would load it, at insightface's own default sizes."""
+    from insightface.app import FaceAnalysis
+
+    analysis = FaceAnalysis(
+        name="mini", root=str(SHIPPED_PACK), providers=["CPUExecutionProvider"],
+        allowed_modules=["detection", "recognition"],
+    )  # fmt: skip
+    analysis.prepare(ctx_id=-1)
+    drawn = pictures_of(torch.arange(12), 1, generator_for(5, 0), torch.device("cpu"))
+    faces = [analysis.get(pixels(image)[..., ::-1]) for image in drawn.images]
+    assert sum(len(found) >= 1 for found in faces) >= 11
+    assert faces[0][0].normed_embedding.shape == (128,)
+
+
+@shipped
+@pytest.mark.parametrize("people", [1, 2, 3])
+@pytest.mark.parametrize("size", [128, 320])
+def test_shipped_pack_counts_people(people: int, size: int) -> None:
+    encoder = FaceEncoder.open(SHIPPED_PACK)
+    generator = torch.Generator().manual_seed(people)
+    drawn = render(sample_scenes(8, generator, people=people, split="test"), size)
+    counts = [len(encoder.faces(pixels(image))) for image in drawn.images]
+    assert sum(count == people for count in counts) >= 7, counts
+
+
+@shipped
+def test_shipped_pack_sees_nobody_where_nobody_is() -> None:
+    encoder = FaceEncoder.open(SHIPPED_PACK)
+    x, y = np.meshgrid(np.arange(128), np.arange(128))
+    gradient = np.stack([x * 2, y * 2, 255 - x], -1).astype(np.uint8)
+    noise = np.random.default_rng(0).integers(0, 255, (128, 128, 3), np.uint8)
+    for picture in (gradient, noise, np.zeros_like(noise), noise // 128 * 255):
+        assert encoder.faces(picture) == []
+
+
+@shipped
+def test_shipped_pack_tells_people_apart_and_agrees_with_its_twin() -> None:
+    encoder = FaceEncoder.open(SHIPPED_PACK)
+    twin = Recogniser.open(SHIPPED / "recogniser.safetensors")
+    drawn = pictures_of(torch.arange(20, 28), 3, generator_for(9, 0), torch.device("cpu"))
+    faces = [encoder.face(pixels(image)) for image in drawn.images]
+    unit = torch.from_numpy(np.stack([face.unit_embedding for face in faces])).view(8, 3, -1)
+    same = (unit[:, 0] * unit[:, 1]).sum(-1)
+    different = (unit[:, 0] * unit[:, 1].roll(1, 0)).sum(-1)
+    assert same.mean() > different.mean() + 0.3
+    points = torch.from_numpy(np.stack([face.landmarks for face in faces[:4]]))
+    images = torch.from_numpy(np.stack([pixels(i) for i in drawn.images[:4]])).permute(0, 3, 1, 2)
+    ours = twin.embed(images.float() / 255, points)
+    theirs = torch.from_numpy(np.stack([face.unit_embedding for face in faces[:4]]))
+    assert (ours * theirs).sum(-1).min() > 0.99
