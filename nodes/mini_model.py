@@ -25,7 +25,8 @@ import torch
 from comfy_api.latest import io
 
 from ..difflora_core.errors import BadWeightsFile
-from ..difflora_core.mini_world import MINI_FOLDER, TEXT_ENCODER, UNET, VAE, Part, open_part
+from ..difflora_core.mini_world import TEXT_ENCODER, UNET, VAE, Part, open_part
+from . import host
 from .sockets import CATEGORY
 
 # The whole model is smaller than a preview picture's decoder: single precision everywhere.
@@ -191,7 +192,8 @@ class LoadMiniModel(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(load_model(MINI_FOLDER), load_clip(MINI_FOLDER), load_vae(MINI_FOLDER))
+        folder = host.MINI_FOLDER
+        return io.NodeOutput(load_model(folder), load_clip(folder), load_vae(folder))
 
 
 NODES = [LoadMiniModel]

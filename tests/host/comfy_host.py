@@ -13,6 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import stand_ins
+
 ROOT = Path(__file__).parents[2]
 PACK = "ComfyUI-DiffLoRA"
 Prompt = dict[str, dict[str, Any]]
@@ -34,37 +36,6 @@ def find_comfyui() -> Path | None:
     """The ComfyUI checkout to test in, or None."""
     path = Path(os.environ.get("COMFYUI_PATH", ""))
     return path.resolve() if (path / "comfy" / "sd.py").is_file() else None
-
-
-class Capture:
-    """Test-only output node: keeps whatever arrives, under a name."""
-
-    values: dict[str, Any] = {}  # noqa: RUF012  (ComfyUI makes a new instance at will)
-    RETURN_TYPES = ()
-    FUNCTION = "keep"
-    OUTPUT_NODE = True
-    CATEGORY = "test"
-
-    @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"value": (AnyType("*"), {}), "name": ("STRING", {})}}
-
-    @classmethod
-    def VALIDATE_INPUTS(cls, input_types: dict[str, str]) -> bool:
-        return True
-
-    def keep(self, value: Any, name: str) -> tuple[()]:
-        self.values[name] = value
-        return ()
-
-
-class AnyType(str):
-    """A socket type that equals every other."""
-
-    __hash__ = str.__hash__
-
-    def __ne__(self, other: object) -> bool:
-        return False
 
 
 class Host:
@@ -110,7 +81,7 @@ class Host:
         pack.symlink_to(ROOT, target_is_directory=True)
         if not await nodes.load_custom_node(str(pack), module_parent="custom_nodes"):
             raise RuntimeError("ComfyUI could not load the pack; see the log above")
-        nodes.NODE_CLASS_MAPPINGS["TestCapture"] = Capture
+        nodes.NODE_CLASS_MAPPINGS.update(stand_ins.NODES)
         self.pack_name = str(pack).replace(".", "_x_")
         self.nodes = nodes
 
@@ -134,14 +105,14 @@ class Host:
 
     async def _run(self, prompt: Prompt) -> dict[str, Any]:
         execution = importlib.import_module("execution")
-        ident, self.events, Capture.values = uuid.uuid4().hex, [], {}
+        ident, self.events, stand_ins.Capture.values = uuid.uuid4().hex, [], {}
         valid, error, outputs, node_errors = await execution.validate_prompt(ident, prompt, None)
         if not valid:
             raise PromptFailed(f"{error} {node_errors}")
         data = {"client_id": "test"}
         await self.executor.execute_async(prompt, ident, data, outputs)
         self._raise_errors(dict(self.executor.status_messages))
-        return Capture.values
+        return stand_ins.Capture.values
 
     def _raise_errors(self, messages: dict[str, Any]) -> None:
         if "execution_interrupted" in messages:

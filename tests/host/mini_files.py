@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
+
+from difflora_core.image_encoder import ImageEncoder, ImageEncoderConfig
+from difflora_core.lora_space import LoraSpace
+from difflora_core.predictor import Predictor
+from difflora_core.predictor_config import EncoderInfo
+from difflora_core.presets import preset
 
 UNET_CONFIG = {
     "sample_size": 16,
@@ -46,6 +54,12 @@ TEXT_CONFIG = {
     "pad_token_id": 49407,
 }
 KNOWN_TOKENS = 64
+IMAGE_ENCODER = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16},
+    "text_cfg": {"width": 16, "heads": 1, "layers": 1},
+}
+FACE_WIDTH, LORA_SIZE = 8, 0.1
 
 
 def build_unet(config: dict[str, Any]) -> UNet2DConditionModel:
@@ -67,6 +81,46 @@ def write_random_world(folder: Path, seed: int = 0) -> None:
     _write(folder / "vae.safetensors", build_vae(VAE_CONFIG), VAE_CONFIG)
     encoder = build_text_encoder(TEXT_CONFIG)
     _write(folder / "text_encoder.safetensors", encoder, TEXT_CONFIG)
+    image_encoder = ImageEncoder.create(ImageEncoderConfig(IMAGE_ENCODER))
+    image_encoder.save(folder / "image_encoder.safetensors")
+    random_predictor(image_encoder.config.name).save(folder / "predictor.safetensors")
+
+
+def random_predictor(image_encoder: str, face_encoder: str = "mini") -> Predictor:
+    """An untrained predictor of LoRAs big enough to change pictures."""
+    config = preset("default", LoraSpace.for_mini(), FACE_WIDTH, IMAGE_ENCODER["embed_dim"])
+    faces, images = EncoderInfo(face_encoder), EncoderInfo(image_encoder)
+    predictor = Predictor(replace(config, face_encoder=faces, image_encoder=images))
+    for parameter in predictor.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    predictor.value_statistics.std.fill_(LORA_SIZE)
+    return predictor
+
+
+class FakeAnalysis:
+    """Stands in for insightface's FaceAnalysis: faces are where a picture is mostly red."""
+
+    model_dir = "insightface/models/mini"
+
+    def __init__(self) -> None:
+        self.models = {"detection": self, "recognition": self}
+
+    def detect(self, bgr: np.ndarray, input_size: tuple[int, int]) -> tuple[Any, Any]:
+        """One face per third of the picture that is red, as boxes [N, 5] and points [N, 5, 2]."""
+        height, width = bgr.shape[:2]
+        thirds = [(x, x + width / 3) for x in (0, width / 3, 2 * width / 3)]
+        red = [bgr[:, int(a) : int(b), 2].mean() > 200 for a, b in thirds]
+        pairs = zip(thirds, red, strict=True)
+        boxes = [[a, height / 4, b, 3 * height / 4, 0.9] for (a, b), is_red in pairs if is_red]
+        shape = np.array([[0.3, 0.4], [0.7, 0.4], [0.5, 0.55], [0.35, 0.7], [0.65, 0.7]])
+        points = [[[a + u * (b - a), v * height] for u, v in shape] for a, _, b, _, _ in boxes]
+        return np.array(boxes).reshape(-1, 5), np.array(points).reshape(-1, 5, 2)
+
+    def get(self, bgr: np.ndarray, face: Any) -> np.ndarray:
+        """Mean and spread of the colours in the box, as an embedding."""
+        x1, y1, x2, y2 = face.bbox.astype(int)
+        inside = bgr[y1:y2, x1:x2].reshape(-1, 3).astype(np.float32) / 255
+        return np.concatenate([inside.mean(0), inside.std(0), [0.1, 0.2]]) - 0.4
 
 
 def _write(path: Path, model: nn.Module, config: dict[str, Any]) -> None:

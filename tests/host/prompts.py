@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 Prompt = dict[str, dict[str, Any]]
+SHIPPED = "mini (ships with DiffLoRA)"
 
 
 def node(class_type: str, **inputs: Any) -> dict[str, Any]:
@@ -37,4 +38,30 @@ def text_to_image(
         "save": node("SaveImage", images=["decode", 0], filename_prefix="test"),
         "keep": node("TestCapture", value=["decode", 0], name="picture"),
         **(more or {}),
+    }
+
+
+def predicted(seed: int = 0, red_faces: str = "one", **settings: Any) -> Prompt:
+    """Nodes from a test photo to a LORA_MODEL at ["lora", 0]."""
+    options = {"strength": 1.0, "seed": seed, "candidates": 1, "steps": 0, "guidance": 0.0}
+    return {
+        "photo": node("TestPhoto", faces=red_faces),
+        "faces": node("TestFaces"),
+        "images": node("DiffLoRA_LoadImageEncoder", encoder=SHIPPED, architecture="from the file"),
+        "predictor": node("DiffLoRA_LoadPredictor", predictor=SHIPPED),
+        "features": node(
+            "DiffLoRA_EncodeFaceFeatures",
+            photos=["photo", 0],
+            face_encoder=["faces", 0],
+            image_encoder=["images", 0],
+            face="largest",
+            face_number=1,
+            weights="",
+        ),
+        "lora": node(
+            "DiffLoRA_PredictLora",
+            predictor=["predictor", 0],
+            features=["features", 0],
+            **{**options, **settings},
+        ),
     }
