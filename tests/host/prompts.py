@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 Prompt = dict[str, dict[str, Any]]
@@ -65,3 +66,29 @@ def predicted(seed: int = 0, red_faces: str = "one", **settings: Any) -> Prompt:
             **{**options, **settings},
         ),
     }
+
+
+def kept(prompt: dict[str, Any], **values: Any) -> dict[str, Any]:
+    extra = {f"keep_{k}": node("TestCapture", value=v, name=k) for k, v in values.items()}
+    return {**prompt, **extra}
+
+
+def saved_lora(host: Any) -> str:
+    """Write the predicted LoRA without rounding; its name in the list of LoRAs."""
+    save = node(
+        "DiffLoRA_SaveLora",
+        lora=["lora", 0],
+        filename_prefix="test/person",
+        folder="models/loras",
+        precision="fp32",
+        trigger="",
+    )
+    path = host.run(kept({**predicted(), "save": save}, path=["save", 0]))["path"]
+    assert Path(path).is_file() and not list(Path(path).parent.glob(".*"))
+    return str(Path(path).relative_to(host.base / "models" / "loras"))
+
+
+def with_lora_file(file: str) -> Prompt:
+    """Core's "Load LoRA" on the mini model, at ["apply", 0]."""
+    inputs = {"model": ["mini", 0], "clip": ["mini", 1], "lora_name": file}
+    return {"apply": node("LoraLoader", **inputs, strength_model=1.0, strength_clip=1.0)}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from comfy_host import Host, PromptFailed
-from prompts import SHIPPED, node, predicted
+from prompts import SHIPPED, kept, node, predicted, saved_lora, with_lora_file
 
 EXPECTED = {
     "LoadMiniModel", "LoadPredictor", "LoadFaceEncoder", "LoadImageEncoder", "EncodeFaceFeatures",
@@ -32,11 +32,6 @@ def test_every_node_input_and_output_is_explained(host: Host) -> None:
         assert schema.category == "DiffLoRA" and len(schema.description) > 40
         for place in [*(schema.inputs or []), *(schema.outputs or [])]:
             assert place.tooltip and place.tooltip.endswith("."), (schema.node_id, place.id)
-
-
-def kept(prompt: dict[str, Any], **values: Any) -> dict[str, Any]:
-    extra = {f"keep_{k}": node("TestCapture", value=v, name=k) for k, v in values.items()}
-    return {**prompt, **extra}
 
 
 def test_same_seed_gives_equal_tensors(host: Host, world: Path) -> None:
@@ -72,15 +67,7 @@ def core_loader(lora: list[Any]) -> dict[str, Any]:
 def test_all_ways_to_use_a_lora_give_one_picture(host: Host, base_prompt: Any) -> None:
     picture = host.run(base_prompt(2, model=["apply", 0], more=applied()))["picture"]
     file = saved_lora(host)
-    core = node(
-        "LoraLoader",
-        model=["mini", 0],
-        clip=["mini", 1],
-        lora_name=file,
-        strength_model=1.0,
-        strength_clip=1.0,
-    )
-    by_file = host.run(base_prompt(2, model=["apply", 0], more={"apply": core}))["picture"]
+    by_file = host.run(base_prompt(2, model=["apply", 0], more=with_lora_file(file)))["picture"]
     assert torch.equal(by_file, picture)
     ours = {
         "file": node("DiffLoRA_LoadLoraFile", file=file),
@@ -88,21 +75,6 @@ def test_all_ways_to_use_a_lora_give_one_picture(host: Host, base_prompt: Any) -
     }
     again = host.run(base_prompt(2, model=["apply", 0], more=ours))["picture"]
     assert torch.equal(again, picture)
-
-
-def saved_lora(host: Host) -> str:
-    """Write the predicted LoRA without rounding; its name in the list of LoRAs."""
-    save = node(
-        "DiffLoRA_SaveLora",
-        lora=["lora", 0],
-        filename_prefix="test/person",
-        folder="models/loras",
-        precision="fp32",
-        trigger="",
-    )
-    path = host.run(kept({**predicted(), "save": save}, path=["save", 0]))["path"]
-    assert Path(path).is_file() and not list(Path(path).parent.glob(".*"))
-    return str(Path(path).relative_to(host.base / "models" / "loras"))
 
 
 def test_saving_again_counts_up(host: Host, world: Path) -> None:
