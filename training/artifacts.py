@@ -43,20 +43,25 @@ MADE_BY = {
     "metric_recogniser": "train-encoders",
     "image_encoder": "train-encoders",
     "attribute_heads": "train-encoders",
+    "self_supervised": "train-encoders",
     "det_mini": "export-face-pack",
     "rec_mini": "export-face-pack",
     "predictor": "train-dit",
     "predictor_paper": "train-dit",
-    "loras": "collect-loras",
+    "index": "collect-loras",
 }
 """Artifact -> the stage that makes it, for error messages."""
+
+
+class MissingArtifact(DiffLoRAError):
+    """A stage's result that is neither in the run nor shipped."""
 
 
 def artifact(config: Config, name: str, shipped: Path | None = None) -> Path:
     """Path of an artifact: the run's own if there is one, else the shipped one.
 
     `name` is relative to the artifacts folder; without a suffix it means `.safetensors`.
-    Errors: DiffLoRAError that names the stage to run.
+    Errors: MissingArtifact that names the stage to run.
     """
     name = _file_name(name)
     for folder in (artifacts_folder(config), shipped or SHIPPED):
@@ -64,7 +69,7 @@ def artifact(config: Config, name: str, shipped: Path | None = None) -> Path:
             return folder / name
     stage = MADE_BY.get(Path(name).stem)
     hint = f"Run `python -m training {stage} --config ...` first." if stage else ""
-    raise DiffLoRAError(
+    raise MissingArtifact(
         f"There is no {name} yet, neither in {config.run.root} nor shipped.", hint=hint
     )
 

@@ -26,6 +26,7 @@ from .base.config import BaseConfig
 from .encoders.config import EncodersConfig
 from .evaluation.config import EvalConfig
 from .loras.config import LorasConfig
+from .predictor.config import PredictorTrainingConfig
 from .run_config import RunConfig
 
 if sys.version_info >= (3, 11):
@@ -42,6 +43,7 @@ class Config:
     base: BaseConfig = field(default_factory=BaseConfig)
     encoders: EncodersConfig = field(default_factory=EncodersConfig)
     loras: LorasConfig = field(default_factory=LorasConfig)
+    predictor: PredictorTrainingConfig = field(default_factory=PredictorTrainingConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
 

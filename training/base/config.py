@@ -15,7 +15,7 @@ class VaeConfig:
     """Width of each level, from 128 px down to 16."""
     groups: int = 8
     """Groups of its normalisations."""
-    batch: int = 32
+    batch: int = 8
     """Crops per step; a quarter as many where whole pictures are taken."""
     crop: int = 64
     """Side of the crops, most of them around faces; every fourth step takes whole pictures, on
@@ -36,7 +36,7 @@ class VaeConfig:
     """Time for the training: the number of steps is set from the measured speed, at most
     optim.steps; 0 = optim.steps."""
     optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(steps=20000, lr=2e-3, warmup=100, ema=0.998)
+        default_factory=lambda: OptimConfig(steps=20000, lr=1e-3, warmup=50, ema=0.998)
     )
     """Optimiser."""
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from difflora_core.lora import Lora
 
-#: layer name -> (down [r, in] or [B, r, in], up [B, out, r]); adds up_b @ down_b to sample b
+#: layer name -> (down [r, in] or [B, r, in], up [B, out, r]): adds up_b @ down_b to sample b
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 UNET = "unet."
 

@@ -18,7 +18,7 @@ from ..encoders.pool import Examples, Pool, as_bytes
 from ..portraits import Portraits, render, sample_scenes
 from ..run_folder import RunFolder
 from .config import VaeConfig
-from .models import build_vae, vae_config
+from .models import build_vae, start_residuals_at_zero, vae_config
 from .pool import decode_latents, encode_images
 
 _MEASURED = 128
@@ -32,6 +32,7 @@ def train_vae(config: Config, folder: RunFolder) -> None:
     settings, device = config.base.vae, config.run.torch_device()
     torch.manual_seed(config.run.seed)
     vae = build_vae(vae_config(settings)).to(device, memory_format=torch.channels_last)
+    start_residuals_at_zero(vae)
     pool = Pool(lambda k: _draw(config, k), settings.pool, settings.reuse)
 
     def step(i: int) -> dict[str, Tensor]:
@@ -78,7 +79,7 @@ def crop_batch(batch: Examples, side: int) -> Examples:
 
 def _starts(inside: Tensor, side: int) -> Tensor:
     """First pixel [N] of crops along one axis; inside [N, S] is 1 where faces are."""
-    n, size = inside.shape
+    size = inside.shape[1]
     position = torch.arange(size, device=inside.device)
     middle = (inside * position).sum(1) / inside.sum(1).clamp(min=1)
     around = middle - side / 2 + (_uniform(inside) - 0.5) * side / 2

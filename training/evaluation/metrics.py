@@ -85,12 +85,12 @@ def diversity(features: Tensor) -> Tensor:
     return 1 - others / (count * (count - 1))
 
 
-def nearest_distance(deltas: Tensor, training: Tensor) -> Tensor:
-    """Relative distance of each LoRA to its nearest training LoRA: [P, D], [M, D] -> [P].
+def nearest_distance(vectors: Tensor, training: Tensor) -> Tensor:
+    """1 - cosine of each LoRA to its nearest training LoRA: [P, D], [M, D] -> [P].
 
-    |x - y| / |x|, after mean and scale are left as they are: 0 is a copy of a training LoRA.
+    0 is a copy of a training LoRA at any strength.
     """
-    return torch.cdist(deltas.double(), training.double()).amin(1) / deltas.double().norm(dim=1)
+    return 1 - (_unit(vectors) @ _unit(training).T).amax(1)
 
 
 def flatten_pictures(values: Tensor) -> Tensor:

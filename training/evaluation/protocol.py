@@ -39,6 +39,8 @@ class Trial:
     """The photo that a person gives, [P, 3, 128, 128] in 0..1."""
     references: Tensor
     """Other pictures of the same people, [P, R, 3, 128, 128]; only measures see them."""
+    landmarks: Tensor
+    """Their true landmarks, [P, R, 5, 2] in pixels."""
     prompts: tuple[str, ...]
     """Q prompts about "a person"."""
     wanted: tuple[dict[str, int], ...]
@@ -64,12 +66,15 @@ def draw_trial(settings: EvalConfig, device: torch.device) -> Trial:
     seeds = torch.randint(SPLIT_SIZE, (settings.people,), generator=generator)
     identity = identities(seeds, split="test")
     prompts = draw_prompts(settings.prompts, settings.seed, generator)
+    photos = draw_photos(identity, 1, generator, device)
+    references, landmarks = draw_references(identity, settings.references, generator, device)
     noise_shape = (settings.people, settings.prompts)
     return Trial(
         person_seeds=seeds,
         identity=identity,
-        photos=draw_photos(identity, 1, generator, device)[:, 0],
-        references=draw_photos(identity, settings.references, generator, device),
+        photos=photos[:, 0],
+        references=references,
+        landmarks=landmarks,
         prompts=tuple(prompts),
         wanted=tuple(parse_prompt(prompt) for prompt in prompts),
         noise_seeds=torch.randint(2**31, noise_shape, generator=generator),
@@ -90,13 +95,23 @@ def draw_prompts(count: int, seed: int, generator: torch.Generator) -> list[str]
 def draw_photos(
     identity: Tensor, count: int, generator: torch.Generator, device: torch.device
 ) -> Tensor:
-    """`count` photos of each person in random scenes: [P, F] -> [P, count, 3, 128, 128]."""
-    total = len(identity) * count
+    """Photos of each person in random scenes: [P, F] -> [P, count, 3, 128, 128]."""
+    return draw_references(identity, count, generator, device)[0]
+
+
+def draw_references(
+    identity: Tensor, count: int, generator: torch.Generator, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Photos of each person in random scenes, and their true landmarks.
+
+    [P, F] -> [P, count, 3, 128, 128], [P, count, 5, 2].
+    """
     who = identity.repeat_interleave(count, 0)[:, None]
-    scenes = sample_scenes(
-        total, generator, people=1, identity=who, fixed={"style": "photo"}, device=device
-    )
-    return rearrange(render(scenes).images, "(p r) c h w -> p r c h w", r=count)
+    fixed = {"style": "photo"}
+    scenes = sample_scenes(len(who), generator, people=1, identity=who, fixed=fixed, device=device)
+    drawn = render(scenes)
+    shape = (len(identity), count)
+    return drawn.images.unflatten(0, shape), drawn.landmarks[:, 0].unflatten(0, shape)
 
 
 def draw_real(count: int, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -105,3 +120,16 @@ def draw_real(count: int, generator: torch.Generator, device: torch.device) -> T
     who = identities(seeds, split="test")[:, None]
     scenes = sample_scenes(count, generator, people=1, identity=who, split="test", device=device)
     return torch.cat([render(scenes[i : i + 256]).images for i in range(0, count, 256)])
+
+
+def draw_album(
+    identity: Tensor, count: int, seed: int, device: torch.device
+) -> tuple[Tensor, list[list[str]]]:
+    """Captioned photos of each person to train on: [P, count, 3, H, W] and P lists of prompts."""
+    generator, rng = torch.Generator().manual_seed(seed + 1), random.Random(seed)
+    who = identity.repeat_interleave(count, 0)[:, None]
+    scenes = sample_scenes(len(who), generator, identity=who, fixed={"style": "photo"})
+    prompts = describe(scenes, rng, subject=TRIGGER, mention=0.9)
+    images = render(scenes.to(device)).images
+    own = [prompts[i : i + count] for i in range(0, len(prompts), count)]
+    return rearrange(images, "(p k) c h w -> p k c h w", k=count), own

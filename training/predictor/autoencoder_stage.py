@@ -32,6 +32,7 @@ def run(config: Config, folder: RunFolder) -> None:
     train, test = vectors[~held], vectors[held]
     predictor = new_predictor(config, loras.space).to(device)
     predictor.value_statistics.fit(train)
+    values = predictor.value_statistics(train)
     trainer = Trainer(
         {"autoencoder": predictor.autoencoder},
         settings.optim,
@@ -41,7 +42,7 @@ def run(config: Config, folder: RunFolder) -> None:
     )
 
     def step(i: int) -> dict[str, Tensor]:
-        batch = draw_vectors(train, settings, trainer.generator)
+        batch = draw_values(values, settings, trainer.generator)
         return autoencoder_losses(predictor, batch, settings, trainer.generator)
 
     trainer.fit(step)
@@ -60,32 +61,29 @@ def new_predictor(config: Config, space: LoraSpace) -> Predictor:
     return Predictor(preset(config.predictor.preset, space, face, image))
 
 
-def draw_vectors(
-    vectors: Tensor, config: AutoencoderTraining, generator: torch.Generator
-) -> Tensor:
-    """A batch [B, D], some of it blends of two LoRAs."""
-    device = vectors.device
-    index = torch.randint(len(vectors), (2, config.batch), generator=generator, device=device)
-    first, second = vectors[index[0]], vectors[index[1]]
+def draw_values(values: Tensor, config: AutoencoderTraining, generator: torch.Generator) -> Tensor:
+    """A batch [B, D] in standard units, some of it blends of two LoRAs."""
+    device = values.device
+    index = torch.randint(len(values), (2, config.batch), generator=generator, device=device)
+    first, second = values[index[0]], values[index[1]]
     share = torch.rand(config.batch, 1, generator=generator, device=device)
     blended = torch.rand(config.batch, 1, generator=generator, device=device) < config.mix
-    # blends of independent LoRAs are smaller; rescaled so that they look like LoRAs of people
+    # independent deviations from the mean partly cancel in a blend; rescaled, they look like people
     blend = (share * first + (1 - share) * second) / (share**2 + (1 - share) ** 2).sqrt()
     return torch.where(blended, blend, first)
 
 
 def autoencoder_losses(
-    predictor: Predictor, vectors: Tensor, config: AutoencoderTraining, generator: torch.Generator
+    predictor: Predictor, values: Tensor, config: AutoencoderTraining, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Weight-preserved loss on standard values and direction and size of each layer's delta W."""
-    values = predictor.value_statistics(vectors)
+    """Weight-preserved loss on standard values, direction and size of each layer's delta W."""
     latents = predictor.autoencoder.encode(values)
     noise = torch.randn(latents.shape, generator=generator, device=latents.device)
     spread = latents.detach().std(0, keepdim=True)
     rebuilt = predictor.autoencoder.decode(latents + config.jitter * spread * noise)
     weighted = weight_preserved_loss(rebuilt.float(), values, config.magnitude)
-    restored = predictor.value_statistics.inverse(rebuilt)
-    delta = delta_loss(predictor.space, restored, vectors)
+    restore = predictor.value_statistics.inverse
+    delta = delta_loss(predictor.space, restore(rebuilt), restore(values))
     return {"loss": weighted + config.delta * delta, "values": weighted, "delta": delta}
 
 

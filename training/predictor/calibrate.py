@@ -80,7 +80,8 @@ class _Trial:
 
     def _accuracy(self, pictures: Tensor) -> float:
         wanted = [parse_prompt(prompt) for prompt in self.prompts]
-        return prompt_accuracy(self.judges.attribute_logits(pictures), wanted).nanmean().item()
+        logits = self.judges.attribute_logits(pictures)
+        return prompt_accuracy(logits, wanted).nanmean().item()
 
     @torch.no_grad()
     def _vectors(self) -> Tensor:

@@ -50,6 +50,10 @@ class DitTraining:
 class FinetuneTraining:
     """End to end: from a photo through the frozen U-Net to the denoising loss of other pictures."""
 
+    start: Literal["dit", "fresh"] = "dit"
+    """From what train-dit has learnt, or from nothing, without any LoRA data set."""
+    fresh_scale: float = 0.05
+    """Unit of a fresh predictor's LoRA values, about the size that trained ones have."""
     people: int = 24_000
     """People drawn for this stage (of the training range, no LoRA needed)."""
     first: int = 100_000
@@ -81,13 +85,13 @@ class FinetuneTraining:
 class CalibrationConfig:
     """Choice of strength and steps on people set aside from the training range."""
 
-    people: int = 24
+    people: int = 16
     """People, none of whom any stage trains on."""
     first: int = 50_000_000
     """Identity seed of the first one."""
-    prompts: int = 4
+    prompts: int = 3
     """Pictures per person and setting."""
-    strengths: tuple[float, ...] = (0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0)
+    strengths: tuple[float, ...] = (0.8, 1.0, 1.25, 1.5, 1.75, 2.0)
     """Strengths to try."""
     lost_accuracy: float = 0.02
     """How much prompt accuracy a strength may cost against the base model."""

@@ -18,7 +18,9 @@ from ..base.painter import Painter
 from ..base.side_path import Factors, spread_factors
 from ..config import Config
 from ..loop import Trainer
+from ..loras.stage import lora_space
 from ..run_folder import RunFolder
+from .autoencoder_stage import new_predictor
 from .bundle import open_bundle
 from .conditions import PhotoEncoders
 from .config import FinetuneTraining
@@ -31,9 +33,12 @@ PARTS = ("dit", "mixer", "autoencoder")
 def run(config: Config, folder: RunFolder) -> None:
     name, settings = config.predictor.name, config.predictor.finetune
     torch.manual_seed(config.run.seed)
-    predictor = open_bundle(config, f"{name}.dit")
     painter = Painter.open(config)
     pool = build_people_pool(painter, PhotoEncoders(config), settings, config.run.seed)
+    if settings.start == "dit":
+        predictor = open_bundle(config, f"{name}.dit")
+    else:
+        predictor = fresh_predictor(config, pool)
     trainer = Trainer(
         {part: getattr(predictor, part) for part in PARTS},
         settings.optim,
@@ -47,6 +52,14 @@ def run(config: Config, folder: RunFolder) -> None:
         getattr(predictor, part).load_state_dict(trainer.averaged(part))
     figures = {"people": len(pool), "steps": trainer.step}
     finish(config, predictor, [], figures, final=True)
+
+
+def fresh_predictor(config: Config, pool: PeoplePool) -> Predictor:
+    """An untrained predictor whose statistics are set without any trained LoRA."""
+    predictor = new_predictor(config, lora_space(config.loras))
+    predictor.value_statistics.std.fill_(config.predictor.finetune.fresh_scale)
+    predictor.mixer.fit(pool.photos.face.flatten(0, 1), pool.photos.image.flatten(0, 1))
+    return predictor.to(config.run.torch_device())
 
 
 class EndToEnd:
