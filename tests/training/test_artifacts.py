@@ -69,14 +69,14 @@ def test_ship_copies_weights_and_merges_the_manifest(config: Config, tmp_path: P
     (shipped / "old").mkdir(parents=True)
     (shipped / "manifest.json").write_text(json.dumps({"vae.safetensors": {"seed": 1}}))
     _save(config)
-    _save(config, "loras")
+    _save(config, "loras/shard_000")
     onnx = artifacts_folder(config) / "insightface/models/mini/det_mini.onnx"
     onnx.parent.mkdir(parents=True)
     onnx.write_bytes(b"onnx")
     record_artifact(config, "insightface/models/mini/det_mini.onnx")
     ship(config, RunFolder.create(config.run.root, "ship"), shipped)
     assert (shipped / "insightface/models/mini/det_mini.onnx").read_bytes() == b"onnx"
-    assert not (shipped / "loras.safetensors").exists()
+    assert not (shipped / "loras").exists()
     assert set(read_manifest(shipped)) == {
         "vae.safetensors",
         "unet.safetensors",

@@ -89,8 +89,9 @@ def test_diversity_by_hand() -> None:
 
 
 def test_nearest_distance_by_hand() -> None:
-    training = torch.tensor([[0.0, 2.0], [3.0, 0.0]])
-    assert nearest_distance(torch.tensor([[4.0, 0.0], [0.0, 2.0]]), training).tolist() == [0.25, 0]
+    training = torch.tensor([[0.0, 2.0], [3.0, 4.0]])
+    found = nearest_distance(torch.tensor([[1.0, 0.0], [0.0, 9.0]]), training)
+    assert found.tolist() == pytest.approx([0.4, 0.0], abs=1e-6)
 
 
 def test_interval_covers_the_mean_as_often_as_it_says() -> None:

@@ -1,0 +1,106 @@
+"""The whole stage on a world of random weights: it must run, and its figures must be consistent."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from difflora_core.errors import BadConfig, DiffLoRAError
+from difflora_core.face import FaceEncoder
+from tests.training.tiny_world import StandInFaces, write_world
+from training.__main__ import main, open_run
+from training.artifacts import artifacts_folder
+from training.config import Config, load_config
+from training.evaluation import audition, measures
+from training.evaluation.config import ROWS
+from training.evaluation.rows import ROWS as METHODS
+from training.evaluation.stage import check_rows, run
+
+SMALL = [
+    "run.device=cpu", "eval.people=2", "eval.prompts=2", "eval.references=2", "eval.paint_steps=2",
+    "eval.fid_pictures=4", "eval.refine_steps=1", "eval.inversion_steps=1", "eval.sheet_people=2",
+    "loras.steps=1", "loras.pictures=2", "loras.batch=1",
+]  # fmt: skip
+MEASURES = {
+    "face_sim", "dino", "clip_i", "clip_t", "preference", "prompt_accuracy", "fid", "diversity",
+    "seconds",
+}  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    file = tmp_path / "tiny.toml"
+    file.write_text(f'[run]\nroot = "{tmp_path / "run"}"\n')
+    config = load_config(file, SMALL)
+    write_world(config)
+    pack = artifacts_folder(config) / "insightface/models/mini/det_mini.onnx"
+    pack.parent.mkdir(parents=True)
+    pack.touch()
+    monkeypatch.setattr(measures, "PREFERENCE_PICTURES", 16)
+    monkeypatch.setattr(audition, "STEPS", 2)
+    monkeypatch.setattr(FaceEncoder, "open", lambda *args, **kwargs: StandInFaces())
+    return config
+
+
+def test_methods_are_the_rows_of_the_table() -> None:
+    assert tuple(METHODS) == ROWS
+
+
+def test_all_rows_have_all_measures(config: Config, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "figures.json"
+    words = [*SMALL, "--config", str(tmp_path / "tiny.toml"), "--json", str(out)]
+    assert main(["evaluate", *words]) == 0
+    outcome = json.loads(out.read_text())
+    assert tuple(outcome["rows"]) == ROWS and outcome["protocol"]["skipped"] == {}
+    for name, row in outcome["rows"].items():
+        assert set(row) - {"nearest_distance"} == MEASURES | {"recovery"}, name
+        for figure in row.values():
+            assert figure["ci95"][0] <= figure["ci95"][1] and figure["n"] >= 2
+            assert math.isfinite(figure["mean"])
+    assert outcome["rows"]["nearest_lora"]["nearest_distance"]["mean"] < 1e-3
+    assert outcome["rows"]["teacher"]["recovery"]["mean"] == 1.0
+    folder = Path(config.run.root) / "evaluate"
+    assert (folder / "table.md").read_text().count("\n") == 2 + len(ROWS)
+    assert Image.open(folder / "sheet.png").size == (110 + 2 * 132, 4 + 10 * 132)
+
+
+def test_same_seed_gives_the_same_figures(config: Config, tmp_path: Path) -> None:
+    rows = ["eval.rows=[base,predicted]", "eval.sheet_people=0"]
+    outcomes = []
+    for _ in range(2):
+        again = load_config(tmp_path / "tiny.toml", [*SMALL, *rows])
+        folder = open_run(again, "evaluate")
+        run(again, folder)
+        figures = json.loads((folder.path / "results.json").read_text())["rows"]
+        outcomes.append(
+            {n: {m: f for m, f in r.items() if m != "seconds"} for n, r in figures.items()}
+        )
+    assert outcomes[0] == outcomes[1]
+
+
+def test_rows_without_weights_are_left_out_and_named(config: Config, tmp_path: Path) -> None:
+    (artifacts_folder(config) / "predictor_paper.safetensors").unlink()
+    few = load_config(tmp_path / "tiny.toml", [*SMALL, "eval.rows=[base,predicted_paper]"])
+    folder = open_run(few, "evaluate")
+    run(few, folder)
+    outcome = json.loads((folder.path / "results.json").read_text())
+    assert list(outcome["rows"]) == ["base"]
+    assert "predictor_paper.safetensors" in outcome["protocol"]["skipped"]["predicted_paper"]
+
+
+def test_impossible_settings_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "empty.toml"
+    file.write_text("")
+    for words in (["eval.rows=[bse]"], ["eval.people=1"]):
+        with pytest.raises(BadConfig):
+            check_rows(load_config(file, words).eval)
+
+
+def test_missing_judges_name_the_stage(config: Config) -> None:
+    (artifacts_folder(config) / "metric_recogniser.safetensors").unlink()
+    with pytest.raises(DiffLoRAError, match="train-encoders"):
+        run(config, open_run(config, "evaluate"))
