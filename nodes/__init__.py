@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import encode, host, loaders, lora_files, mini_model, personalize, predict, score
+from . import encode, example, host, loaders, lora_files, mini_model, personalize, predict, score
 
-MODULES = (mini_model, loaders, encode, predict, personalize, lora_files, score)
+MODULES = (mini_model, example, loaders, encode, predict, personalize, lora_files, score)
 
 
 class DiffLoRAExtension(ComfyExtension):

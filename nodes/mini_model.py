@@ -6,6 +6,8 @@ the detection of real checkpoints is what it was.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -22,6 +24,7 @@ import comfy.supported_models_base
 import comfy.utils
 import folder_paths
 import torch
+from comfy.ldm.modules.diffusionmodules import model as autoencoder_layers
 from comfy_api.latest import io
 
 from ..difflora_core.errors import BadWeightsFile
@@ -99,9 +102,22 @@ def load_vae(folder: Path) -> comfy.sd.VAE:
     """The autoencoder, renamed from diffusers' names by ComfyUI's own table."""
     part = open_part(VAE, folder)
     tensors = comfy.diffusers_convert.convert_vae_state_dict(part.tensors)
-    vae = comfy.sd.VAE(sd=tensors, config={"params": _vae_params(part.config)}, dtype=DTYPE)
+    with _group_norms(part.config["norm_num_groups"]):
+        vae = comfy.sd.VAE(sd=tensors, config={"params": _vae_params(part.config)}, dtype=DTYPE)
     _check_keys(set(vae.first_stage_model.state_dict()), set(tensors), VAE)
     return vae
+
+
+@contextmanager
+def _group_norms(groups: int) -> Iterator[None]:
+    """While the autoencoder is built: normalisations of `groups` groups. ComfyUI's class fixes
+    them at 32, which narrow layers cannot have."""
+    original = autoencoder_layers.Normalize
+    autoencoder_layers.Normalize = partial(original, num_groups=groups)
+    try:
+        yield
+    finally:
+        autoencoder_layers.Normalize = original
 
 
 def _unet_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import importlib
 import os
 import sys
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,6 +36,19 @@ def find_comfyui() -> Path | None:
     """The ComfyUI checkout to test in, or None."""
     path = Path(os.environ.get("COMFYUI_PATH", ""))
     return path.resolve() if (path / "comfy" / "sd.py").is_file() else None
+
+
+@contextlib.contextmanager
+def blocked(*packages: str) -> Iterator[None]:
+    """Make packages look as if they were not installed."""
+    present = {name: sys.modules[name] for name in packages if name in sys.modules}
+    sys.modules.update(dict.fromkeys(packages))  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for name in packages:
+            del sys.modules[name]
+        sys.modules.update(present)
 
 
 class Host:
@@ -79,7 +92,9 @@ class Host:
         await nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False)
         pack = self.base / "custom_nodes" / PACK
         pack.symlink_to(ROOT, target_is_directory=True)
-        if not await nodes.load_custom_node(str(pack), module_parent="custom_nodes"):
+        with blocked("insightface", "onnxruntime", "open_clip"):
+            loaded = await nodes.load_custom_node(str(pack), module_parent="custom_nodes")
+        if not loaded:
             raise RuntimeError("ComfyUI could not load the pack; see the log above")
         nodes.NODE_CLASS_MAPPINGS.update(stand_ins.NODES)
         self.pack_name = str(pack).replace(".", "_x_")

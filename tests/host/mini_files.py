@@ -33,12 +33,12 @@ UNET_CONFIG = {
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
 }
 VAE_CONFIG = {
-    "block_out_channels": [64, 64, 96, 96],
+    "block_out_channels": [16, 32, 64, 64],
     "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
     "layers_per_block": 1,
     "latent_channels": 4,
-    "norm_num_groups": 32,
+    "norm_num_groups": 8,
     "scaling_factor": 0.9,
 }
 TEXT_CONFIG = {
