@@ -26,6 +26,8 @@ class VaeConfig:
     """Pictures drawn at a time."""
     reuse: float = 4.0
     """How often a drawn picture is used on average."""
+    measured: int = 128
+    """Held-out pictures of the figures, and pictures that set the latents' scale."""
     kl_weight: float = 3e-5
     """Weight of the mean KL divergence per latent value."""
     edge_weight: float = 1.0

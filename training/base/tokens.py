@@ -17,7 +17,8 @@ CONTEXT = 77
 START, END = 49406, 49407
 #: row of the compact table that every word outside the drawn world shares
 UNKNOWN = 0
-_WORDS = re.compile(r"[a-z]+|[0-9]|[^\sa-z0-9]+")
+#: CLIP's own pattern: contractions, letters, single digits, everything else
+_WORDS = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|(?:[^\s\w]|_)+")
 _CORPUS_SIZE = 20_000
 _EXTRA = (
     "sks man woman girl boy face portrait picture image of two three people and with the a an in"

@@ -21,7 +21,6 @@ from .config import VaeConfig
 from .models import build_vae, start_residuals_at_zero, vae_config
 from .pool import decode_latents, encode_images
 
-_MEASURED = 128
 _WHOLE_EVERY = 4
 #: share of crops that may lie anywhere rather than around a face
 _ANYWHERE = 0.25
@@ -51,9 +50,13 @@ def train_vae(config: Config, folder: RunFolder) -> None:
     )
     vae.load_state_dict(trainer.averaged("vae"))
     vae.eval()
-    built_from = vae_config(settings) | {"scaling_factor": latent_scale(vae, device)}
+    built_from = vae_config(settings) | {
+        "scaling_factor": latent_scale(vae, settings.measured, device)
+    }
     vae.register_to_config(scaling_factor=built_from["scaling_factor"])
-    save_artifact(config, "vae", vae.state_dict(), built_from, measure_vae(vae, device))
+    save_artifact(
+        config, "vae", vae.state_dict(), built_from, measure_vae(vae, settings.measured, device)
+    )
 
 
 def _draw(config: Config, chunk: int) -> Examples:
@@ -122,18 +125,18 @@ def _edge_loss(painted: Tensor, target: Tensor, weight: Tensor, axis: int) -> Te
 
 
 @torch.no_grad()
-def latent_scale(vae: AutoencoderKL, device: torch.device) -> float:
+def latent_scale(vae: AutoencoderKL, count: int, device: torch.device) -> float:
     """1 / standard deviation of the latents (Rombach et al. 2022, appendix G)."""
-    scenes = sample_scenes(_MEASURED, torch.Generator().manual_seed(1), people="mixed")
+    scenes = sample_scenes(count, torch.Generator().manual_seed(1), people="mixed")
     vae.register_to_config(scaling_factor=1.0)
     latents = encode_images(vae, render(scenes.to(device)).images)
     return float(f"{1 / latents.std().item():.5f}")
 
 
 @torch.no_grad()
-def measure_vae(vae: AutoencoderKL, device: torch.device) -> dict[str, Any]:
+def measure_vae(vae: AutoencoderKL, count: int, device: torch.device) -> dict[str, Any]:
     """PSNR in dB over whole pictures and inside face boxes, on people never trained on."""
-    scenes = sample_scenes(_MEASURED, torch.Generator().manual_seed(99), split="test")
+    scenes = sample_scenes(count, torch.Generator().manual_seed(99), split="test")
     drawn = render(scenes.to(device))
     painted = decode_latents(vae, encode_images(vae, drawn.images))
     error = (painted - drawn.images).square().mean(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 ROWS = (
     "base", "average_lora", "nearest_lora", "textual_inversion", "teacher", "predicted_paper",
@@ -33,14 +34,16 @@ class EvalConfig:
     """Sampling steps of the predictor; 0 = the number stored in its file."""
     candidates: int = 1
     """Candidates of the row predicted, of which the most likely is taken."""
+    inputs: Literal["both", "face", "image"] = "both"
+    """Which embedding of the photo predictors see; the other one counts as absent."""
     strength: float = 0.0
     """Strength of predicted LoRAs; 0 = the calibrated value stored in the predictor's file."""
-    paint_steps: int = 20
+    paint_steps: int = 12
     """Sampling steps of a picture."""
     guidance: float = 3.0
     """Classifier-free guidance scale of a picture."""
-    batch: int = 250
-    """Pictures painted at a time."""
+    batch: int = 0
+    """Pictures painted at a time; 0 = 256 on cuda, 8 on cpu."""
     refine_steps: int = 30
     """Optimiser steps from the predicted LoRA in the row refined."""
     inversion_steps: int = 300

@@ -46,7 +46,7 @@ class Yardstick:
     texts: Tensor
     """Embeddings of the prompts [Q, D], about "a person"."""
     real: Tensor
-    """Attribute features of freshly drawn portraits [M, D]."""
+    """Pooled attribute features of freshly drawn portraits [M, W]."""
     preference: Preference
     seed: int
 
@@ -65,7 +65,7 @@ class Yardstick:
             trial,
             judges.look(trial.references.flatten(0, 1), trial.landmarks.flatten(0, 1)),
             judges.texts(trial.prompts),
-            judges.look(trial.real, torch.zeros(len(trial.real), 5, 2)).attributes,
+            pooled(judges.look(trial.real, torch.zeros(len(trial.real), 5, 2)).attributes),
             fit_preference(facts, PREFERENCE_PICTURES, seed, judges.device),
             seed,
         )
@@ -82,11 +82,16 @@ def measure(yardstick: Yardstick, pictures: Tensor) -> Measured:
     figures["diversity"] = summarise(diversity(attributes), seed)
     figures["fid"] = summarise_statistic(
         lambda rows: frechet_distance(rows.flatten(0, 1), yardstick.real),
-        attributes,
+        pooled(attributes),
         FID_RESAMPLES,
         seed,
     )
     return Measured(figures, values["face_sim"])
+
+
+def pooled(features: Tensor) -> Tensor:
+    """The first third of an attribute network's features: channel means, as FID takes them."""
+    return features[..., : features.shape[-1] // 3]
 
 
 def per_picture(yardstick: Yardstick, looks: Looks, people: int, count: int) -> dict[str, Tensor]:

@@ -186,14 +186,15 @@ ROWS: dict[str, Callable[[Bench], Personalised]] = {
 def paint_row(bench: Bench, row: Personalised) -> Tensor:
     """Every person with every prompt: [P, Q, 3, H, W] in 0..1 on the CPU."""
     settings, trial = bench.config.eval, bench.trial
+    batch = settings.batch or (256 if bench.painter.device.type == "cuda" else 8)
     people, count = trial.noise_seeds.shape
     texts = trial.personal_prompts() if row.trigger else list(trial.prompts)
     prompts, seeds = texts * people, trial.noise_seeds.flatten().tolist()
     who = torch.arange(people).repeat_interleave(count)
     factors = stack_loras(row.loras, bench.painter.device) if row.loras else {}
     parts = []
-    for i in range(0, len(prompts), settings.batch):
-        few = slice(i, i + settings.batch)
+    for i in range(0, len(prompts), batch):
+        few = slice(i, i + batch)
         with _words(row, bench.painter, who[few]):
             parts.append(
                 bench.painter.paint(
@@ -202,7 +203,7 @@ def paint_row(bench: Bench, row: Personalised) -> Tensor:
                     _rows_of(factors, who[few]),
                     settings.paint_steps,
                     settings.guidance,
-                    batch=settings.batch,
+                    batch=batch,
                 )
             )
     return torch.cat(parts).unflatten(0, (people, count))
@@ -233,6 +234,10 @@ def _predicted(bench: Bench, predictor: Predictor) -> Personalised:
 
 def _predict(bench: Bench, predictor: Predictor, features: Features, count: int) -> Prediction:
     settings = bench.config.eval
+    if settings.inputs == "face":
+        features = features.without_image()
+    elif settings.inputs == "image":
+        features = features.without_face()
     return predictor.predict(
         features,
         seed=settings.seed,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from difflora_core.errors import BadConfig, DiffLoRAError
 from training.artifacts import MissingArtifact
 from training.base.painter import Painter
 from training.config import Config
+from training.portraits import ATTRIBUTES
 from training.run_folder import RunFolder, device_name
 
 from .config import EvalConfig
@@ -35,35 +37,61 @@ SHEET_LINES = ("base", "average_lora", "predicted", "teacher")
 
 
 def run(config: Config, folder: RunFolder) -> None:
-    """Evaluate the rows of `eval.rows`; a row whose weights do not exist is left out, and named."""
+    """Evaluate the rows of `eval.rows`; a row whose weights do not exist is left out, and named.
+
+    Figures are written after every row, so that a long run that is stopped leaves its first rows.
+    """
     check_rows(config.eval)
     bench = open_bench(config)
     yardstick = Yardstick.make(bench.judges, bench.trial, config.eval.seed)
-    rows: Rows = {}
-    sheet: dict[str, Tensor] = {}
-    similarity: dict[str, Tensor] = {}
-    skipped: dict[str, str] = {}
+    so_far = Outcome({}, {}, {}, {})
     for name in (row for row in ROWS if row in config.eval.rows):
         try:
-            personalised = ROWS[name](bench)
+            evaluate_row(name, bench, yardstick, so_far)
         except MissingArtifact as error:
             logger.warning("row %s is left out: %s", name, error.message)
-            skipped[name] = error.message
+            so_far.skipped[name] = error.message
             continue
-        begin = time.monotonic()
-        pictures = paint_row(bench, personalised)
-        measured = measure(yardstick, pictures)
-        rows[name], similarity[name] = measured.figures, measured.face_sim
-        rows[name] |= _of_loras(bench, personalised)
-        sheet[name] = pictures[: config.eval.sheet_people, 0]
-        took = time.monotonic() - begin
-        logger.info("%s: face_sim %.3f (%.0f s)", name, rows[name]["face_sim"]["mean"], took)
-    if not rows:
-        raise DiffLoRAError("No row could be evaluated.", hint=" ".join(skipped.values()))
-    add_recovery(rows, similarity, config.eval.seed)
-    write(config, folder, results(protocol(config, bench.trial, skipped), rows))
-    if config.eval.sheet_people:
-        _save_sheet(folder, bench.trial, sheet, config.eval.sheet_people)
+        add_recovery(so_far, config.eval.seed)
+        write(config, folder, bench.trial, so_far)
+    if not so_far.rows:
+        raise DiffLoRAError("No row could be evaluated.", hint=" ".join(so_far.skipped.values()))
+    write(config, folder, bench.trial, so_far)
+    logger.info("\n%s", markdown(so_far.rows))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What is known so far, by row."""
+
+    rows: Rows
+    face_sim: dict[str, Tensor]
+    """Of every picture, [P, Q]."""
+    samples: dict[str, Tensor]
+    """One picture per person of the sheet."""
+    skipped: dict[str, str]
+    """Why a row is missing."""
+
+
+def evaluate_row(name: str, bench: Bench, yardstick: Yardstick, so_far: Outcome) -> None:
+    """Personalise, paint and measure one row. Errors: MissingArtifact."""
+    begin = time.monotonic()
+    personalised = ROWS[name](bench)
+    pictures = paint_row(bench, personalised)
+    measured = measure(yardstick, pictures)
+    so_far.rows[name] = measured.figures | _of_loras(bench, personalised)
+    so_far.face_sim[name] = measured.face_sim
+    shown = sheet_prompt(bench.trial)
+    so_far.samples[name] = pictures[: bench.config.eval.sheet_people, shown]
+    mean = measured.figures["face_sim"]["mean"]
+    logger.info("%s: face_sim %.3f (%.0f s)", name, mean, time.monotonic() - begin)
+
+
+def sheet_prompt(trial: Trial) -> int:
+    """The prompt of the picture sheet: the first that asks for a photo, where likeness shows."""
+    photo = ATTRIBUTES["style"].index("photo")
+    wanted = [asked.get("style") == photo for asked in trial.wanted]
+    return wanted.index(True) if any(wanted) else 0
 
 
 def check_rows(settings: EvalConfig) -> None:
@@ -82,12 +110,13 @@ def open_bench(config: Config) -> Bench:
     return Bench(config, trial, Painter.open(config), Judges.open(config))
 
 
-def add_recovery(rows: Rows, similarity: dict[str, Tensor], seed: int) -> None:
-    """Add each row's face_sim over the teacher's, if the teacher was evaluated."""
-    if "teacher" not in similarity:
+def add_recovery(so_far: Outcome, seed: int) -> None:
+    """Add each row's face_sim over the teacher's, once the teacher was evaluated."""
+    if "teacher" not in so_far.face_sim:
         return
-    for name, values in similarity.items():
-        rows[name]["recovery"] = summarise_ratio(values, similarity["teacher"], seed)
+    for name, values in so_far.face_sim.items():
+        ratio = summarise_ratio(values, so_far.face_sim["teacher"], seed)
+        so_far.rows[name]["recovery"] = ratio
 
 
 def protocol(config: Config, trial: Trial, skipped: dict[str, str]) -> dict[str, Any]:
@@ -109,17 +138,18 @@ def protocol(config: Config, trial: Trial, skipped: dict[str, str]) -> dict[str,
     }
 
 
-def write(config: Config, folder: RunFolder, outcome: dict[str, Any]) -> None:
-    """Write the figures where they are asked for, and the table into the run folder."""
+def write(config: Config, folder: RunFolder, trial: Trial, so_far: Outcome) -> None:
+    """Write figures where they are asked for; figures, table and sheet into the run folder."""
+    outcome = results(protocol(config, trial, so_far.skipped), so_far.rows)
     text = json.dumps(outcome, indent=2) + "\n"
     folder.write_text("results.json", text)
     if config.eval.json:
         path = Path(config.eval.json)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    table = markdown(outcome["rows"])
-    folder.write_text("table.md", table)
-    logger.info("\n%s", table)
+    folder.write_text("table.md", markdown(so_far.rows))
+    if config.eval.sheet_people:
+        _save_sheet(folder, trial, so_far.samples, config.eval.sheet_people)
 
 
 def _of_loras(bench: Bench, row: Personalised) -> dict[str, Figure]:

@@ -138,9 +138,9 @@ def parse_prompt(prompt: str) -> dict[str, int]:
             if f" {phrase} " in text:
                 found[attribute] = index
                 break
-    garment = re.search(rf" ({'|'.join(CLOTHES_COLOURS)}) ((?:striped )?[a-z-]+) ", text)
     names = [phrases[0] for phrases in CLOTHES.values()]
-    if garment and garment[2] in names:
+    garment = re.search(rf" ({'|'.join(CLOTHES_COLOURS)}) ({'|'.join(names)}) ", text)
+    if garment:
         found["clothes_colour"] = CLOTHES_COLOURS.index(garment[1])
         found["clothes"] = names.index(garment[2])
     return found

@@ -115,9 +115,9 @@ def is_held_out(attributes: Mapping[str, Tensor]) -> Tensor:
     A fixed arithmetic hash of what the prompts of one person can say.
     """
     code = torch.zeros_like(attributes["background"])
-    for factor, name in zip((7, 11, 13, 17, 19, 23, 29), _HASHED, strict=True):
-        code = code + factor * (attributes[name] + 1) * (attributes[name] + 3)
-    return code % HELD_OUT_ONE_IN == 0
+    for name in _HASHED:
+        code = code * 31 + attributes[name]
+    return (code * 2_654_435_761 >> 20) % HELD_OUT_ONE_IN == 0  # Knuth's multiplicative hash
 
 
 _HASHED = ("style", "background", "expression", "pose", "clothes", "clothes_colour", "accessory")
@@ -151,18 +151,17 @@ def _fixed_index(name: str, value: str | Tensor, shape: tuple[int, ...]) -> Tens
 
 
 def _move_to_split(drawn: dict[str, Tensor], split: str) -> dict[str, Tensor]:
-    """Step the clothes colour of combinations that fall on the wrong side until they do not."""
-    want = split == "test"
-    for _ in range(4 * HELD_OUT_ONE_IN):
+    """Combinations on the wrong side get the next clothes colour, and the next background when
+    all colours have been tried, until they are on the right one."""
+    colours, backgrounds = len(ATTRIBUTES["clothes_colour"]), len(ATTRIBUTES["background"])
+    for attempt in range(colours * backgrounds):
         first = {k: v[:, 0] if k in PERSON_ATTRIBUTES else v for k, v in drawn.items()}
-        wrong = is_held_out(first) != want
+        wrong = (is_held_out(first) != (split == "test")).long()
         if not wrong.any():
             break
-        for name in ("clothes_colour", "background"):
-            step = wrong.long() if name == "clothes_colour" else wrong.long() * (_ % 3 == 2)
-            value = drawn[name]
-            step = step[:, None] if value.dim() == 2 else step
-            drawn[name] = (value + step) % len(ATTRIBUTES[name])
+        drawn["clothes_colour"] = (drawn["clothes_colour"] + wrong[:, None]) % colours
+        if attempt % colours == colours - 1:
+            drawn["background"] = (drawn["background"] + wrong) % backgrounds
     return drawn
 
 

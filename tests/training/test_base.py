@@ -1,0 +1,122 @@
+"""Tokens, side path, noise and painter of the mini model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from open_clip.tokenizer import SimpleTokenizer
+
+from difflora_core.lora_space import LoraSpace
+from difflora_core.mini_world import open_part
+from tests.training.tiny_world import write_world
+from training.__main__ import open_run
+from training.artifacts import artifacts_folder
+from training.base.models import NOISE_SCHEDULE, alphas
+from training.base.noise import NoiseSchedule
+from training.base.painter import Painter
+from training.base.side_path import SidePath, stack_loras
+from training.base.stage import run as train_base
+from training.base.tokens import CONTEXT, END, UNKNOWN, encode, rows, token_index
+from training.config import Config, load_config
+
+CPU = torch.device("cpu")
+PROMPTS = [
+    "a photo of sks person, smiling, wearing a red t-shirt, at the beach",
+    "a black and white photo of a person with long blonde hair and a beard",
+    "an astronaut's 35 cats in a café; we'll see a really unusual prompt!",
+    "",
+]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    file = tmp_path / "tiny.toml"
+    file.write_text(f'[run]\nroot = "{tmp_path / "run"}"\ndevice = "cpu"\n')
+    return load_config(file)
+
+
+def test_tokens_are_clips_own() -> None:
+    ids, reference = encode(PROMPTS), SimpleTokenizer()(PROMPTS, context_length=CONTEXT)
+    for own, theirs in zip(ids, reference, strict=True):
+        length = int((theirs == END).nonzero()[0, 0]) + 1
+        assert torch.equal(own[:length], theirs[:length])
+        assert (own[length:] == END).all(), "CLIP-L pads with its end token"
+
+
+def test_known_words_have_rows_of_their_own() -> None:
+    known, unknown = rows(PROMPTS[:1])[0], rows(["astronaut"])[0]
+    assert (known != UNKNOWN).all() and unknown[1] == UNKNOWN
+    assert len(token_index()) == 49408
+
+
+def test_long_prompts_are_cut_with_their_end() -> None:
+    ids = encode(["red " * 200])
+    assert ids.shape == (1, CONTEXT) and ids[0, -1] == END
+
+
+def test_schedule_is_that_of_diffusers() -> None:
+    theirs = DDPMScheduler(**NOISE_SCHEDULE)
+    assert torch.allclose(alphas(CPU), theirs.alphas_cumprod, atol=1e-6)
+    schedule, t = NoiseSchedule(CPU), torch.tensor([10, 500, 990])
+    clean, noise = torch.randn(2, 3, 4, 8, 8)
+    noisy = schedule.add_noise(clean, noise, t)
+    assert torch.allclose(noisy, theirs.add_noise(clean, noise, t), atol=1e-5)
+    assert torch.allclose(schedule.clean(noisy, noise, t), clean, atol=1e-2)
+
+
+def tiny_unet() -> UNet2DConditionModel:
+    torch.manual_seed(0)
+    return UNet2DConditionModel(
+        sample_size=16, block_out_channels=(64, 128), layers_per_block=1, cross_attention_dim=128,
+        attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+    ).eval()  # fmt: skip
+
+
+@torch.no_grad()
+def test_side_path_equals_merged_weights_sample_by_sample() -> None:
+    unet, space = tiny_unet(), LoraSpace.for_mini()
+    loras = [space.unpack(torch.randn(space.size) * 0.05) for _ in range(2)]
+    x, t, context = torch.randn(2, 4, 16, 16), torch.tensor(400), torch.randn(2, 77, 128)
+    plain = unet(x, t, context).sample
+    path = SidePath(unet)
+    with path.using(stack_loras(loras, CPU)):
+        beside = unet(x, t, context).sample
+    assert torch.equal(unet(x, t, context).sample, plain), "nothing stays behind"
+    for i, lora in enumerate(loras):
+        merged = tiny_unet()
+        for layer in lora:
+            weight = merged.get_submodule(layer.name.removeprefix("unet.")).weight
+            weight += layer.delta()
+        expected = merged(x[i : i + 1], t, context[i : i + 1]).sample
+        assert torch.allclose(beside[i : i + 1], expected, atol=2e-5)
+        assert (expected - plain[i : i + 1]).abs().max() > 1e-3
+
+
+def test_painter_is_seeded_and_independent_of_the_batch(config: Config) -> None:
+    write_world(config)
+    painter = Painter.open(config)
+    together = painter.paint(PROMPTS, [1, 2, 3, 4], steps=2, batch=4)
+    alone = painter.paint(PROMPTS, [1, 2, 3, 4], steps=2, batch=1)
+    assert together.shape == (4, 3, 128, 128)
+    assert torch.allclose(together, alone, atol=1e-3)
+    other = painter.paint(PROMPTS[:1], [5], steps=2)
+    assert not torch.allclose(other, together[:1], atol=1e-3)
+
+
+def test_training_writes_what_the_world_opens(config: Config, tmp_path: Path) -> None:
+    few = [
+        "base.vae.optim.steps=2", "base.vae.batch=4", "base.vae.chunk=8", "base.vae.pool=8",
+        "base.unet.optim.steps=2", "base.unet.batch=2", "base.unet.pool=4", "run.log_every=1",
+        "base.vae.measured=4",
+    ]  # fmt: skip
+    config = load_config(tmp_path / "tiny.toml", few)
+    train_base(config, open_run(config, "train-base"))
+    folder = artifacts_folder(config)
+    vae, text = open_part("vae.safetensors", folder), open_part("text_encoder.safetensors", folder)
+    assert vae.config["scaling_factor"] > 0
+    assert text.tensors["embeddings.token_embedding.weight"].shape == (49408, 128)
+    assert Painter.open(config).paint(["a person"], [0], steps=1).isfinite().all()

@@ -1,0 +1,138 @@
+"""Drawn portraits: ground truth agrees with pixels, prompts with scenes, seeds with people."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from training.portraits import (
+    ATTRIBUTES,
+    FACTORS,
+    Scene,
+    describe,
+    identities,
+    is_held_out,
+    parse_prompt,
+    render,
+    sample_scenes,
+)
+
+
+def scenes(n: int, seed: int = 0, **options) -> Scene:
+    return sample_scenes(n, torch.Generator().manual_seed(seed), **options)
+
+
+def test_pictures_do_not_depend_on_their_neighbours() -> None:
+    some = scenes(20, people="mixed")
+    together = render(some).images
+    alone = torch.cat([render(some[i : i + 1]).images for i in range(20)])
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert together.min() >= 0 and together.max() <= 1
+
+
+def test_sizes_show_the_same_picture() -> None:
+    some = scenes(4, fixed={"style": "photo"})
+    small, large = render(some, 128), render(some, 256)
+    reduced = torch.nn.functional.avg_pool2d(large.images, 2)
+    assert (reduced - small.images).abs().mean() < 0.02
+    assert torch.allclose(large.boxes, 2 * small.boxes)
+
+
+def test_ground_truth_lies_where_the_face_is() -> None:
+    drawn = render(scenes(64, people=2))
+    x, y = drawn.landmarks.unbind(-1)
+    left, top, right, bottom = (drawn.boxes[..., k, None] for k in range(4))
+    inside = (x > left - 3) & (x < right + 3) & (y > top) & (y < bottom)
+    assert inside.float().mean() > 0.99
+    assert (x[..., 0] < x[..., 1]).all(), "the first eye is the one on the picture's left"
+    assert not (drawn.masks[:, 0] & drawn.masks[:, 1]).any(), "people hide each other"
+
+
+def test_eyes_show_their_colour() -> None:
+    """Only the iris changes with the factor, and it does so at the eye landmarks."""
+    some = scenes(8, fixed={"style": "photo", "accessory": "none", "expression": "surprised"})
+    index = FACTORS.index("eye_colour")
+    brown, blue = some.identity.clone(), some.identity.clone()
+    brown[..., index], blue[..., index] = 0.0, 0.75
+    a, b = render(replace(some, identity=brown)), render(replace(some, identity=blue))
+    changed = (a.images - b.images).abs().sum(1) > 0.05
+    for i in range(8):
+        ys, xs = changed[i].nonzero(as_tuple=True)
+        eyes = a.landmarks[i, 0, :2]
+        pixels = torch.stack([xs, ys], -1).float() + 0.5
+        assert len(pixels), "the colour of the eyes must be visible"
+        assert torch.cdist(pixels, eyes).amin(1).max() < 9
+
+
+def test_absent_people_have_no_truth() -> None:
+    drawn = render(scenes(64, people="mixed"))
+    absent = ~drawn.present
+    assert absent.any() and drawn.boxes[absent].isnan().all()
+    assert not drawn.masks[absent].any()
+    assert drawn.boxes[drawn.present].isfinite().all()
+
+
+def test_identities_are_split_and_stable() -> None:
+    seeds = torch.arange(1000)
+    train, test = identities(seeds), identities(seeds, "test")
+    assert torch.equal(train, identities(seeds)) and train.shape == (1000, len(FACTORS))
+    assert train.min() >= 0 and train.max() < 1 and abs(train.mean() - 0.5) < 0.01
+    assert torch.cdist(train, test).min() > 0.1
+    correlation = torch.corrcoef(train.T) - torch.eye(len(FACTORS))
+    assert correlation.abs().max() < 0.15
+    with pytest.raises(ValueError, match="split"):
+        identities(seeds, "validation")
+
+
+def test_training_never_sees_held_out_combinations() -> None:
+    train, test = scenes(500), scenes(500, split="test")
+    assert not is_held_out(train.attributes()).any()
+    assert is_held_out(test.attributes()).all()
+
+
+def test_prompts_say_what_the_scene_shows() -> None:
+    some = scenes(200, seed=3)
+    for mention in (1.0, 0.5):
+        prompts = describe(some, random.Random(0), mention=mention, looks=0.3)
+        for i, prompt in enumerate(prompts):
+            for name, value in parse_prompt(prompt).items():
+                assert value == some.attributes()[name][i], (prompt, name)
+
+
+def test_canonical_prompts_say_everything() -> None:
+    some = scenes(100, seed=4)
+    for i, prompt in enumerate(describe(some)):
+        expected = {name: int(v[i]) for name, v in some.attributes().items()}
+        silent = {"framing": 0, "accessory": 0}  # what goes without saying
+        said = parse_prompt(prompt)
+        assert {k: said.get(k, silent.get(k)) for k in expected} == expected, prompt
+
+
+def test_every_value_can_be_asked_for_and_is_visible() -> None:
+    """Changing one attribute changes the picture; so none is a word without a meaning."""
+    base = scenes(4, seed=5, fixed={"style": "photo"})
+    picture = render(base).images
+    for name, values in ATTRIBUTES.items():
+        for index in range(len(values)):
+            field = getattr(base, name)
+            if (field == index).all():
+                continue
+            if name in ("pose", "framing"):  # these act through the geometry
+                fixed = {"style": "photo", name: values[index]}
+                other = render(scenes(4, seed=5, fixed=fixed)).images
+            else:
+                changed = torch.full_like(field, index)
+                other = render(replace(base, **{name: changed})).images
+            assert (other - picture).abs().amax() > 0.1, (name, values[index])
+
+
+def test_unknown_values_are_refused() -> None:
+    with pytest.raises(ValueError, match="has no value"):
+        scenes(1, fixed={"style": "fresco"})
+    with pytest.raises(KeyError, match="no attribute"):
+        scenes(1, fixed={"mood": "calm"})
+    with pytest.raises(ValueError, match="people"):
+        scenes(1, people=4)
