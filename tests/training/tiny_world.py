@@ -79,9 +79,7 @@ def _write_judges(config: Config) -> None:
     folder = artifacts_folder(config)
     metric = ConvNeXtConfig(widths=(8, 8, 8), layers=(1, 1, 1), embedding=12)
     Recogniser(RecogniserConfig(metric)).save(folder / "metric_recogniser.safetensors")
-    condition = IResNetConfig(
-        stem=4, widths=(4, 4, 4, 4), layers=(1, 1, 1, 1), embedding=FACE_WIDTH
-    )
+    condition = IResNetConfig(stem=4, widths=(4, 4, 4), layers=(1, 1, 1), embedding=FACE_WIDTH)
     Recogniser(RecogniserConfig(condition)).save(folder / "recogniser.safetensors")
     for name, outputs in (("attribute_heads", checker_outputs()), ("self_supervised", {})):
         net = PortraitNet(PortraitNetConfig((4, 4, 4, 4), outputs))
