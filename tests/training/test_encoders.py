@@ -175,7 +175,7 @@ def tiny_config(root: Path, *only: str) -> Config:
                 "only": list(only), "pool": 24, "chunk": 12, "check_people": 3,
                 "detector": small | {"widths": [4, 8, 8, 8, 8], "canvases": [64, 96]},
                 "recogniser": small | {"people": 8, "factor_weight": 1.0},
-                "metric_recogniser": small | {"people": 8},
+                "metric_recogniser": small | {"people": 8, "damage": 0.5},
                 "image_encoder": small | {"width": 32, "layers": 1, "text_width": 32,
                                           "text_layers": 1, "embedding": 16},
                 "attribute_heads": small | {"widths": [4, 4, 4, 8]},

@@ -41,9 +41,13 @@ class RecogniserTraining:
     """Angular margin in radians."""
     scale: float = 32.0
     """Scale of the cosines before the softmax."""
-    factor_weight: float = 0.0
-    """Weight of a linear regression of the identity factors from the embedding; a second teacher
-    that the drawn world offers for free."""
+    margin_weight: float = 0.1
+    """Weight of the margin softmax; it needs millions of pictures before it leads anywhere."""
+    factor_weight: float = 1.0
+    """Weight of a second teacher that the drawn world offers for free: identity factors as a linear
+    function of the embedding, and cosines of embeddings like those of the factors."""
+    damage: float = 1.0
+    """Strength of the damage done to training pictures."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +122,7 @@ class EncodersConfig:
     """Held-out people of the calibration and of the measured figures."""
     detector: DetectorConfig = field(default_factory=DetectorConfig)
     """The face detector."""
-    recogniser: RecogniserTraining = field(
-        default_factory=lambda: RecogniserTraining(factor_weight=1.0)
-    )
+    recogniser: RecogniserTraining = field(default_factory=RecogniserTraining)
     """The recogniser that predictors are conditioned on; it goes into the face pack."""
     metric_recogniser: RecogniserTraining = field(default_factory=RecogniserTraining)
     """The recogniser that only measures: another architecture, another seed, other teachers."""

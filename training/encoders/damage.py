@@ -6,6 +6,7 @@ Batched, on any device, one strength per picture; randomness is torch's global o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +21,11 @@ def damage(images: Tensor, strength: float = 1.0) -> Tensor:
 
 
 def _damage(images: Tensor, strength: float) -> Tensor:
-    images = _some(blur(images, 2.0 * strength), images, 0.5)
-    images = _some(resample(images, 1 + strength), images, 0.3)
+    images = _some(images, 0.5, lambda part: blur(part, 2.0 * strength))
+    images = _some(images, 0.3, lambda part: resample(part, 1 + strength))
     images = shift_colours(images, 0.12 * strength)
-    images = _some(jpeg(images, 0.12 * strength), images, 0.3)
-    noise = torch.randn_like(images) * (0.04 * strength * _per_picture(images))
-    return _some(images + noise, images, 0.3).clamp(0, 1)
+    images = _some(images, 0.3, lambda part: jpeg(part, 0.12 * strength))
+    return _some(images, 0.3, lambda part: add_noise(part, 0.04 * strength)).clamp(0, 1)
 
 
 def blur(images: Tensor, most: float) -> Tensor:
@@ -79,6 +79,11 @@ def jpeg(images: Tensor, most: float) -> Tensor:
     return whole[..., :height, :width].clamp(0, 1)
 
 
+def add_noise(images: Tensor, most: float) -> Tensor:
+    """Gaussian noise with a standard deviation between 0 and `most`."""
+    return images + torch.randn_like(images) * (most * _per_picture(images))
+
+
 def _cosines(device: torch.device) -> Tensor:
     """The orthonormal 8-point DCT-II as a matrix."""
     k = torch.arange(8, device=device, dtype=torch.float32)
@@ -91,5 +96,7 @@ def _per_picture(images: Tensor) -> Tensor:
     return torch.rand(len(images), 1, 1, 1, device=images.device)
 
 
-def _some(changed: Tensor, images: Tensor, share: float) -> Tensor:
-    return torch.where(_per_picture(images) < share, changed, images)
+def _some(images: Tensor, share: float, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Change a random share of the pictures; the others cost nothing."""
+    index = torch.randperm(len(images), device=images.device)[: max(round(share * len(images)), 1)]
+    return images.index_copy(0, index, change(images[index]))

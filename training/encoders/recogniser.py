@@ -50,9 +50,18 @@ class MarginHead(nn.Module):
             harder = torch.cos((own.acos() + self.settings.margin).clamp(max=math.pi))
             logits = self.settings.scale * cosine.scatter(1, person[:, None], harder)
             identity = F.cross_entropy(logits, person)
-            regression = F.mse_loss(self.factors(embedding), factors)
-        loss = identity + 10 * self.settings.factor_weight * regression
-        return {"loss": loss, "identity": identity, "factors": regression}
+            # both in units of the variance that there is to explain
+            regression = 12 * F.mse_loss(self.factors(embedding), factors)
+            relation = len(FACTORS) * F.mse_loss(_cosines(embedding), _cosines(factors - 0.5))
+        loss = self.settings.margin_weight * identity
+        loss = loss + self.settings.factor_weight * (regression + relation)
+        return {"loss": loss, "identity": identity, "factors": regression, "relation": relation}
+
+
+def _cosines(vectors: Tensor) -> Tensor:
+    """All cosines of a batch [B, D] among itself: [B, B]."""
+    vectors = F.normalize(vectors, dim=-1)
+    return vectors @ vectors.T
 
 
 def train_recogniser(
@@ -76,7 +85,7 @@ def train_recogniser(
 
     def step(i: int) -> dict[str, Tensor]:
         batch = pool.draw(settings.batch)
-        crops = damage(misalign(batch["images"]))
+        crops = damage(misalign(batch["images"]), settings.damage)
         return head(recogniser(crops), batch["person"], batch["factors"])
 
     modules: dict[str, nn.Module] = {"recogniser": recogniser, "head": head}
