@@ -48,7 +48,7 @@ def run(config: Config, folder: RunFolder) -> None:
     trainer.fit(step)
     predictor.autoencoder.load_state_dict(trainer.averaged("autoencoder"))
     fit_latents(predictor, train)
-    name = f"{config.predictor.name}.autoencoder"
+    name = f"{config.predictor.name}_autoencoder"
     save_bundle(config, predictor, name)
     record_artifact(config, f"{name}.safetensors", measure(predictor, train, test))
 

@@ -102,7 +102,7 @@ class PredictorTrainingConfig:
     """The predictor and its stages."""
 
     name: str = "predictor"
-    """Name of its artifact; the steps on the way are NAME.autoencoder and NAME.dit."""
+    """Name of its artifact; the steps on the way are NAME_autoencoder and NAME_dit."""
     preset: Literal["default", "paper"] = "default"
     """Architecture; see difflora_core/presets.py."""
     end_to_end: bool = True

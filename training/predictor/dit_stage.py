@@ -23,7 +23,7 @@ from .config import DitTraining
 def run(config: Config, folder: RunFolder) -> None:
     name, settings = config.predictor.name, config.predictor.dit
     torch.manual_seed(config.run.seed)
-    predictor = open_bundle(config, f"{name}.autoencoder")
+    predictor = open_bundle(config, f"{name}_autoencoder")
     loras = read_set(config)
     with torch.no_grad():
         latents = predictor.encode(loras.vectors.to(predictor.device))
@@ -41,7 +41,7 @@ def run(config: Config, folder: RunFolder) -> None:
     predictor.dit.load_state_dict(trainer.averaged("dit"))
     predictor.mixer.load_state_dict(trainer.averaged("mixer"))
     figures = {"loras": len(loras), "steps": trainer.step}
-    finish(config, predictor, [f"{name}.dit"], figures, final=not config.predictor.end_to_end)
+    finish(config, predictor, [f"{name}_dit"], figures, final=not config.predictor.end_to_end)
 
 
 def finish(

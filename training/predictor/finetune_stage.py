@@ -36,7 +36,7 @@ def run(config: Config, folder: RunFolder) -> None:
     painter = Painter.open(config)
     pool = build_people_pool(painter, PhotoEncoders(config), settings, config.run.seed)
     if settings.start == "dit":
-        predictor = open_bundle(config, f"{name}.dit")
+        predictor = open_bundle(config, f"{name}_dit")
     else:
         predictor = fresh_predictor(config, pool)
     trainer = Trainer(

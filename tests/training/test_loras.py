@@ -1,0 +1,120 @@
+"""The LoRA data set: trained side by side or alone, resumed, collected, refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from difflora_core.errors import DiffLoRAError
+from difflora_core.lora_space import LoraSpace
+from difflora_core.weights_file import read_lora
+from tests.training.tiny_world import write_world
+from training.__main__ import open_run
+from training.artifacts import artifacts_folder
+from training.base.painter import Painter
+from training.config import Config, load_config
+from training.loras.collect import read_set
+from training.loras.collect import run as collect
+from training.loras.config import LorasConfig
+from training.loras.stage import groups, person_file
+from training.loras.stage import run as train
+from training.loras.teacher import initial_factors, photo_album, train_loras
+from training.portraits import identities
+
+FEW = ["loras.people=3", "loras.steps=2", "loras.pictures=3", "loras.batch=2", "run.device=cpu"]
+SHORT = LorasConfig(steps=3, pictures=3, batch=2)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    file = tmp_path / "tiny.toml"
+    file.write_text(f'[run]\nroot = "{tmp_path / "run"}"\n')
+    config = load_config(file, FEW)
+    write_world(config)
+    return config
+
+
+def test_a_person_gets_the_same_lora_in_any_group(config: Config) -> None:
+    painter, space = Painter.open(config), LoraSpace.for_mini()
+    alone = [space.pack(train_loras(painter, space, SHORT, [seed])[0]) for seed in (5, 9)]
+    together = [space.pack(lora) for lora in train_loras(painter, space, SHORT, [5, 9])]
+    for one, other in zip(alone, together, strict=True):
+        assert one.norm() > 0 and torch.allclose(one, other, atol=1e-5)
+    assert torch.cosine_similarity(alone[0], alone[1], dim=0) < 0.99
+
+
+def test_frozen_down_trains_only_the_ups(config: Config) -> None:
+    painter, space = Painter.open(config), LoraSpace.for_mini()
+    lora = train_loras(painter, space, SHORT, [1])[0]
+    for layer in lora:
+        assert torch.equal(layer.down, space.downs()[layer.name])
+    assert space.project(lora).lost < 1e-6
+
+
+@pytest.mark.parametrize("gauge", ["shared_init", "free", "svd"])
+def test_other_gauges_train_both_factors(config: Config, gauge: str) -> None:
+    painter, space = Painter.open(config), LoraSpace.for_mini(gauge=gauge)
+    before = initial_factors(space, [1, 2], torch.device("cpu"))
+    name = space.layers[0].name
+    same_start = torch.equal(before[name][0][0], before[name][0][1])
+    assert same_start == (gauge != "free")
+    lora = train_loras(painter, space, SHORT, [1])[0]
+    assert not torch.equal(lora.layers[name].down, before[name][0][0])
+
+
+def test_albums_show_the_person_and_follow_the_seed(config: Config) -> None:
+    painter = Painter.open(config)
+    people = identities(torch.tensor([3, 4]))
+    album = photo_album(painter, people, [3, 4], 2)
+    again = photo_album(painter, people[1:], [4], 2)
+    assert album.latents.shape == (2, 2, 4, 16, 16)
+    assert torch.allclose(album.latents[1], again.latents[0], atol=1e-5)
+    assert torch.allclose(album.contexts[1], again.contexts[0], atol=1e-5)
+
+
+def test_a_restart_trains_exactly_who_is_missing(config: Config) -> None:
+    folder = open_run(config, "train-identity-loras")
+    train(config, folder)
+    files = [person_file(folder, seed) for seed in range(3)]
+    before = [file.stat().st_mtime_ns for file in files]
+    files[1].unlink()
+    (folder.path / "people" / ".00000002.safetensors.tmp").write_bytes(b"half a file")
+    train(config, folder)
+    after = [file.stat().st_mtime_ns for file in files]
+    assert before[0] == after[0] and before[2] == after[2] and files[1].exists()
+    assert read_lora(files[1]).metadata["modelspec.trigger_phrase"] == "sks person"
+
+
+def test_collecting_keeps_what_fits_and_says_what_does_not(config: Config) -> None:
+    folder = open_run(config, "train-identity-loras")
+    train(config, folder)
+    person_file(folder, 2).write_bytes(b"not a LoRA")
+    collect(config, open_run(config, "collect-loras"))
+    loras = read_set(config)
+    assert loras.seeds.tolist() == [0, 1] and len(loras) == 2
+    index = json.loads((artifacts_folder(config) / "loras/index.json").read_text())
+    assert index["refused"] == 1 and index["count"] == 2
+    packed = loras.space.pack(read_lora(person_file(folder, 0)))
+    assert torch.allclose(loras.vectors[0], packed, atol=1e-3)
+
+
+def test_a_set_of_another_space_is_refused(config: Config) -> None:
+    other = dataclasses.replace(config, loras=dataclasses.replace(config.loras, rank=8))
+    with pytest.raises(DiffLoRAError, match="of space"):
+        read_set(other)
+
+
+def test_collecting_nothing_names_the_stage(tmp_path: Path) -> None:
+    file = tmp_path / "empty.toml"
+    file.write_text(f'[run]\nroot = "{tmp_path / "none"}"\n')
+    config = load_config(file)
+    with pytest.raises(DiffLoRAError, match="no identity LoRAs"):
+        collect(config, open_run(config, "collect-loras"))
+
+
+def test_groups_cover_everyone_once() -> None:
+    assert list(groups([1, 2, 3, 4, 5], 2)) == [[1, 2], [3, 4], [5]]

@@ -1,0 +1,133 @@
+"""The predictor's stages on a world of random weights: they run, hand over, and learn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from difflora_core.predictor import Predictor
+from tests.training.tiny_world import write_world
+from training.__main__ import open_run
+from training.artifacts import artifact, artifacts_folder, read_manifest
+from training.base.painter import Painter
+from training.config import Config, load_config
+from training.loras.collect import LoraSet, write_set
+from training.loras.stage import lora_space
+from training.portraits import identities
+from training.predictor import autoencoder_stage, calibrate, dit_stage, finetune_stage
+from training.predictor.conditions import PhotoEncoders, sample_photos
+from training.predictor.people_pool import build_people_pool
+
+FEW = [
+    "run.device=cpu", "run.log_every=1", "predictor.autoencoder.optim.steps=2",
+    "predictor.autoencoder.batch=4", "predictor.dit.optim.steps=2", "predictor.dit.batch=4",
+    "predictor.dit.photos=2", "predictor.finetune.optim.steps=3", "predictor.finetune.people=4",
+    "predictor.finetune.pictures=2", "predictor.finetune.photos=2", "predictor.finetune.batch=2",
+]  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    # painting hundreds of pictures to choose a strength is not what these tests are about
+    monkeypatch.setattr(dit_stage, "calibrate", lambda config, predictor: {"strength": 1.0})
+    return world(tmp_path, [])
+
+
+def world(tmp_path: Path, overrides: list[str]) -> Config:
+    file = tmp_path / "tiny.toml"
+    file.write_text(f'[run]\nroot = "{tmp_path / "run"}"\n')
+    config = load_config(file, FEW + overrides)
+    write_world(config)
+    for name in ("predictor", "predictor_paper"):
+        (artifacts_folder(config) / f"{name}.safetensors").unlink()
+    space = lora_space(config.loras)
+    loras = LoraSet(space, 0.03 * torch.randn(20, space.size), torch.arange(20))
+    write_set(artifacts_folder(config), loras, config.loras)
+    return config
+
+
+@pytest.mark.parametrize("preset", ["default", "paper"])
+def test_stages_hand_over(tmp_path: Path, preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dit_stage, "calibrate", lambda config, predictor: {"strength": 1.0})
+    name = "predictor" if preset == "default" else "predictor_paper"
+    ends = str(preset == "default").lower()
+    config = world(
+        tmp_path,
+        [f"predictor.preset={preset}", f"predictor.name={name}", f"predictor.end_to_end={ends}"],
+    )
+    autoencoder_stage.run(config, open_run(config, "train-autoencoder"))
+    dit_stage.run(config, open_run(config, "train-dit"))
+    if preset == "default":
+        assert not (artifacts_folder(config) / "predictor.safetensors").exists()
+        finetune_stage.run(config, open_run(config, "finetune-predictor"))
+    predictor = Predictor.open(artifact(config, name))
+    assert predictor.config.name == name and predictor.config.trigger == "sks person"
+    assert predictor.config.face_encoder.name == "mini"
+    figures = read_manifest(artifacts_folder(config))[f"{name}.safetensors"]["figures"]
+    assert figures["strength"] == 1.0 and figures["steps"] > 0
+
+
+def test_end_to_end_can_start_from_nothing(config: Config, tmp_path: Path) -> None:
+    config = load_config(tmp_path / "tiny.toml", [*FEW, "predictor.finetune.start=fresh"])
+    finetune_stage.run(config, open_run(config, "finetune-predictor"))
+    predictor = Predictor.open(artifact(config, "predictor"))
+    assert (predictor.value_statistics.std == config.predictor.finetune.fresh_scale).all()
+
+
+def test_end_to_end_gradients_reach_every_part(config: Config) -> None:
+    settings = config.predictor.finetune
+    painter = Painter.open(config)
+    pool = build_people_pool(painter, PhotoEncoders(config), settings, 0)
+    predictor = finetune_stage.fresh_predictor(config, pool)
+    with torch.no_grad():  # zero output layers would stop the gradient of a fresh network
+        for parameter in predictor.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.02)
+    stage = finetune_stage.EndToEnd(
+        predictor, painter, pool, settings, torch.Generator().manual_seed(0)
+    )
+    stage.step(1)["loss"].backward()
+    for part in finetune_stage.PARTS:
+        learned = [p for n, p in getattr(predictor, part).named_parameters() if "encoder" not in n]
+        reached = [p for p in learned if p.grad is not None and p.grad.abs().sum() > 0]
+        assert len(reached) > 0.6 * len(learned), part
+    assert all(p.grad is None for p in painter.unet.parameters())
+
+
+def test_pools_and_photos_show_the_people_asked_for(config: Config) -> None:
+    settings, painter = config.predictor.finetune, Painter.open(config)
+    pool = build_people_pool(painter, PhotoEncoders(config), settings, 0)
+    assert pool.latents.shape == (4, 2, 4, 16, 16) and pool.prompts.shape == (4, 2, 77)
+    assert pool.photos.face.shape[:2] == (4, 2)
+    scene = sample_photos(identities(torch.arange(200)), torch.Generator().manual_seed(0))
+    assert torch.equal(scene.identity[:, 0], identities(torch.arange(200)))
+    assert (scene.accessory != 2).all(), "sunglasses hide who somebody is"
+
+
+def test_calibration_takes_the_best_strength_that_keeps_the_prompt(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = {0.8: (0.3, 0.9), 1.0: (0.4, 0.9), 1.25: (0.5, 0.885), 1.5: (0.6, 0.7)}
+
+    class Trial:
+        def __init__(self, config: Config, predictor: Predictor) -> None: ...
+
+        def base_accuracy(self) -> float:
+            return 0.9
+
+        def score(self, strength: float) -> tuple[float, float]:
+            return scores.get(strength, (0.9, 0.1))
+
+    monkeypatch.setattr(calibrate, "_Trial", Trial)
+    pool_free = Predictor(autoencoder_stage.new_predictor(config, lora_space(config.loras)).config)
+    figures = calibrate.calibrate(config, pool_free)
+    assert figures["strength"] == pool_free.config.sampling.strength == 1.25
+
+
+def test_blends_look_like_people() -> None:
+    values = torch.randn(2000, 50, generator=torch.Generator().manual_seed(0))
+    settings = autoencoder_stage.AutoencoderTraining(batch=4000, mix=1.0)
+    drawn = autoencoder_stage.draw_values(values, settings, torch.Generator().manual_seed(1))
+    assert abs(drawn.std() - 1) < 0.02 and abs(drawn.mean()) < 0.02
