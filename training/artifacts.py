@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 import difflora_core
@@ -115,7 +116,8 @@ def record_artifact(config: Config, name: str, figures: Mapping[str, Any] | None
         "sha256": sha256(folder / name),
         "figures": dict(figures or {}),
     }
-    write_manifest(folder, read_manifest(folder) | {Path(name).as_posix(): entry})
+    with FileLock(folder / f".{MANIFEST}.lock"):  # several encoders may train at once
+        write_manifest(folder, read_manifest(folder) | {Path(name).as_posix(): entry})
 
 
 def ship(config: Config, folder: RunFolder, shipped: Path | None = None) -> None:
