@@ -112,12 +112,17 @@ def load_vae(folder: Path) -> comfy.sd.VAE:
 def _group_norms(groups: int) -> Iterator[None]:
     """While the autoencoder is built: normalisations of `groups` groups. ComfyUI's class fixes
     them at 32, which narrow layers cannot have."""
-    original = autoencoder_layers.Normalize
-    autoencoder_layers.Normalize = partial(original, num_groups=groups)
+    original = autoencoder_layers.ops
+
+    class GroupNorm(original.GroupNorm):
+        def __init__(self, num_groups: int, num_channels: int, **settings: Any) -> None:
+            super().__init__(groups, num_channels, **settings)
+
+    autoencoder_layers.ops = type("Operations", (original,), {"GroupNorm": GroupNorm})
     try:
         yield
     finally:
-        autoencoder_layers.Normalize = original
+        autoencoder_layers.ops = original
 
 
 def _unet_config(config: dict[str, Any]) -> dict[str, Any]:

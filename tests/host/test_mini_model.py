@@ -101,3 +101,13 @@ def test_interruption_leaves_the_next_run_right(host: Host, base_prompt: Any) ->
         host.run(base_prompt(seed=3))
     host.on_progress = None
     assert torch.equal(host.run(base_prompt(seed=3))["picture"], expected)
+
+
+def test_other_autoencoders_are_built_as_before(loader: Any, random_world: Path) -> None:
+    import comfy.ops
+    from comfy.ldm.modules.diffusionmodules import model
+
+    vae = loader.load_vae(random_world)
+    assert vae.first_stage_model.encoder.norm_out.num_groups == 8
+    assert model.ops is comfy.ops.disable_weight_init
+    assert model.Normalize(64).num_groups == 32
