@@ -15,6 +15,7 @@ from difflora_core.image_encoder import ImageEncoder
 from difflora_core.recogniser import Recogniser
 from training.artifacts import artifacts_folder, read_manifest
 from training.config import Config
+from training.drawing import generator_for
 from training.encoders import attributes, damage, detector, recogniser
 from training.encoders.attributes_net import (
     PortraitNet,
@@ -24,9 +25,8 @@ from training.encoders.attributes_net import (
 )
 from training.encoders.config import NAMES, RecogniserTraining
 from training.encoders.detector_loss import assign, diou_loss, focal
-from training.encoders.drawing import generator_for
-from training.encoders.pool import Pool
 from training.encoders.stage import run
+from training.example_pool import Pool
 from training.portraits import ATTRIBUTES
 from training.run_folder import RunFolder
 

@@ -15,12 +15,12 @@ from difflora_core.face import FaceEncoder
 from difflora_core.face_crop import align
 from difflora_core.recogniser import IResNetConfig, Recogniser, RecogniserConfig
 from training.artifacts import SHIPPED
+from training.drawing import generator_for, pictures_of
 from training.encoders import detector as training
 from training.encoders.detector_loss import detector_loss
 from training.encoders.detector_net import Detector
-from training.encoders.drawing import generator_for, pictures_of
 from training.encoders.export_face_pack import export_detector, export_recogniser
-from training.encoders.pool import Examples
+from training.example_pool import Examples
 from training.portraits import render, sample_scenes
 
 pytest.importorskip("insightface")

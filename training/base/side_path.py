@@ -21,7 +21,7 @@ UNET = "unet."
 
 
 class SidePath:
-    """Forward hooks on the Linears of a U-Net that add up_b @ down_b @ x to each sample's output."""
+    """Forward hooks on the Linears of a U-Net that add up_b @ down_b @ x to sample b's output."""
 
     def __init__(self, unet: nn.Module) -> None:
         self.factors: Factors = {}

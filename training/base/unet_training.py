@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..artifacts import save_artifact
+from ..budget import train
 from ..config import Config
-from ..encoders.budget import train
 from ..run_folder import RunFolder
 from .config import UnetConfig
 from .models import (

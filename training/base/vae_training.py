@@ -11,10 +11,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from ..artifacts import save_artifact
+from ..budget import train
 from ..config import Config
-from ..encoders.budget import train
-from ..encoders.drawing import generator_for
-from ..encoders.pool import Examples, Pool, as_bytes
+from ..drawing import generator_for
+from ..example_pool import Examples, Pool, as_bytes
 from ..portraits import Portraits, render, sample_scenes
 from ..run_folder import RunFolder
 from .config import VaeConfig

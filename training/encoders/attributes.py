@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from difflora_core.face_crop import warp
 
+from ..budget import train
+from ..drawing import generator_for, people_scenes, render_in_parts
+from ..example_pool import Examples, Pool, as_bytes
 from ..portraits import ATTRIBUTES, sample_scenes
 from ..run_config import RunConfig
 from ..run_folder import RunFolder
 from .attributes_net import SIDE, PortraitNet, PortraitNetConfig, checker_outputs
-from .budget import train
 from .config import EncodersConfig
 from .damage import damage
-from .drawing import generator_for, people_scenes, render_in_parts
-from .pool import Examples, Pool, as_bytes
 
 #: weight of the regression of the identity factors beside the attributes' cross-entropies
 IDENTITY_WEIGHT = 20.0

@@ -10,17 +10,17 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from ..budget import train
+from ..drawing import generator_for
+from ..example_pool import Examples, Pool, as_bytes
 from ..loop import Trainer
 from ..portraits import Scene, render, sample_scenes
 from ..run_config import RunConfig
 from ..run_folder import RunFolder
-from .budget import train
 from .config import EncodersConfig
 from .damage import damage
 from .detector_loss import detector_loss
 from .detector_net import MEAN, STD, STRIDES, Detector
-from .drawing import generator_for
-from .pool import Examples, Pool, as_bytes
 
 #: drawn larger than the mini world's pictures, so that large faces are sharp
 DRAWN_SIZE = 256

@@ -17,15 +17,15 @@ from difflora_core.image_encoder import (
     tokenise,
 )
 
+from ..budget import train
+from ..drawing import generator_for, render_in_parts
+from ..example_pool import Examples, Pool, as_bytes
 from ..portraits import describe, sample_scenes
 from ..run_config import RunConfig
 from ..run_folder import RunFolder
 from .attributes import move
-from .budget import train
 from .config import EncodersConfig, ImageEncoderTraining
 from .damage import damage
-from .drawing import generator_for, render_in_parts
-from .pool import Examples, Pool, as_bytes
 
 _HALF = (0.5, 0.5, 0.5)
 #: scenes whose prompts are read to learn which tokens the drawn world uses

@@ -14,14 +14,14 @@ from difflora_core.face_crop import TEMPLATE, TEMPLATE_SIZE, similarity, warp
 from difflora_core.likeness import Calibration, fit_calibration
 from difflora_core.recogniser import ConvNeXtConfig, IResNetConfig, Recogniser, RecogniserConfig
 
+from ..budget import train
+from ..drawing import generator_for, people_scenes, pictures_of
+from ..example_pool import Examples, Pool, as_bytes
 from ..portraits import FACTORS, Portraits, render
 from ..run_config import RunConfig
 from ..run_folder import RunFolder
-from .budget import train
 from .config import EncodersConfig, RecogniserTraining
 from .damage import damage
-from .drawing import generator_for, people_scenes, pictures_of
-from .pool import Examples, Pool, as_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -79,20 +79,12 @@ class Judges:
         else:
             found = torch.ones(len(pictures), dtype=torch.bool)
         face = self.embed_faces(pictures, landmarks) * found[:, None]
-        outputs = _in_chunks(self._attributes, pictures, self.device)
-        return Looks(
-            face=face,
-            found=found,
-            self_supervised=_in_chunks(self._self_supervised, pictures, self.device)["features"],
-            attributes=outputs.pop("features"),
-            clip=_in_chunks(self._clip, pictures, self.device)["embedding"],
-            logits=outputs,
-        )
+        return self._look(pictures, face, found)
 
-    def attribute_logits(self, pictures: Tensor) -> dict[str, Tensor]:
-        """Attribute -> [N, values] for pictures [N, 3, H, W] in 0..1."""
-        outputs = _in_chunks(self._attributes, pictures, self.device)
-        return {name: logits for name, logits in outputs.items() if name != "features"}
+    def look_past_faces(self, pictures: Tensor) -> Looks:
+        """The same without looking for faces; `found` is False everywhere."""
+        nowhere = torch.zeros(len(pictures), dtype=torch.bool)
+        return self._look(pictures, torch.zeros(len(pictures), 1), nowhere)
 
     @torch.no_grad()
     def texts(self, prompts: Sequence[str]) -> Tensor:
@@ -134,6 +126,17 @@ class Judges:
             return choose_face(self.face_encoder.faces(to_pixels(picture)))
         except NoFaceFound:
             return None
+
+    def _look(self, pictures: Tensor, face: Tensor, found: Tensor) -> Looks:
+        outputs = _in_chunks(self._attributes, pictures, self.device)
+        return Looks(
+            face=face,
+            found=found,
+            self_supervised=_in_chunks(self._self_supervised, pictures, self.device)["features"],
+            attributes=outputs.pop("features"),
+            clip=_in_chunks(self._clip, pictures, self.device)["embedding"],
+            logits=outputs,
+        )
 
     def _attributes(self, pictures: Tensor) -> dict[str, Tensor]:
         features = self.attributes.features(pictures)

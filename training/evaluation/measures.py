@@ -57,7 +57,7 @@ class Yardstick:
         def facts(
             pictures: Tensor, prompts: Sequence[str], wanted: Sequence[Mapping[str, int]]
         ) -> Tensor:
-            looks = judges.look(pictures, torch.zeros(len(pictures), 5, 2))
+            looks = judges.look_past_faces(pictures)
             return preference_inputs(looks, judges.texts(prompts), wanted)
 
         return cls(
@@ -65,7 +65,7 @@ class Yardstick:
             trial,
             judges.look(trial.references.flatten(0, 1), trial.landmarks.flatten(0, 1)),
             judges.texts(trial.prompts),
-            pooled(judges.look(trial.real, torch.zeros(len(trial.real), 5, 2)).attributes),
+            pooled(judges.look_past_faces(trial.real).attributes),
             fit_preference(facts, PREFERENCE_PICTURES, seed, judges.device),
             seed,
         )

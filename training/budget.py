@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..loop import Step, Trainer
-from ..run_config import OptimConfig, RunConfig
-from ..run_folder import RunFolder
+from .loop import Step, Trainer
+from .run_config import OptimConfig, RunConfig
+from .run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..portraits import Portraits, Scene, identities, render, sample_scenes
+from .portraits import Portraits, Scene, identities, render, sample_scenes
 
 
 def generator_for(seed: int, chunk: int) -> torch.Generator:
