@@ -1,0 +1,95 @@
+"""The parts of the core that the nodes brought: mini world files, photo weights, likeness."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from difflora_core.errors import BadConfig, BadWeightsFile, NoFaceFound
+from difflora_core.features import fuse
+from difflora_core.likeness import Calibration
+from difflora_core.measure import ARCFACE, best_first, measure
+from difflora_core.mini_world import TOKEN_TABLE, open_part
+from difflora_core.photo_weights import reweighted
+from difflora_core.weights_file import write_safetensors
+
+
+def test_token_table_is_expanded_and_floats_are_single(tmp_path: Path) -> None:
+    rows = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    index = torch.tensor([1, 0, 0, 1, 1], dtype=torch.int32)
+    tensors = {"token_rows": rows.half(), "token_index": index, "norm.weight": rows[0].half()}
+    write_safetensors(tmp_path / "t.safetensors", tensors, {"config": json.dumps({"width": 2})})
+    part = open_part("t.safetensors", tmp_path)
+    assert part.config == {"width": 2}
+    assert torch.equal(part.tensors[TOKEN_TABLE], rows[[1, 0, 0, 1, 1]])
+    assert set(part.tensors) == {TOKEN_TABLE, "norm.weight"}
+    assert all(tensor.dtype == torch.float32 for tensor in part.tensors.values())
+
+
+def test_file_without_config_is_refused(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "t.safetensors", {"a": torch.zeros(1)}, {})
+    with pytest.raises(BadWeightsFile, match="no model config in its header"):
+        open_part("t.safetensors", tmp_path)
+
+
+def features(count: int) -> Any:
+    face = torch.eye(4)[:1].expand(count, -1) + 0.01 * torch.arange(count)[:, None]
+    return fuse(face, None, torch.ones(count), torch.ones(count))
+
+
+def test_weights_multiply_and_zero_leaves_out() -> None:
+    changed = reweighted(features(3), [1.0, 0.0])
+    assert torch.allclose(changed.weights.sum(), torch.tensor(1.0))
+    assert changed.weights[1] == 0 and not changed.photos[1].used
+    assert torch.allclose(changed.weights[0], changed.weights[2], atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("weights", "sentence"),
+    [
+        ([1.0, 1.0, 1.0], "3 photo weights were given for 2 photos."),
+        ([-1.0], "one of them negative"),
+        ([0.0, 0.0], "All photos have the weight 0."),
+    ],
+)
+def test_impossible_weights_are_explained(weights: list[float], sentence: str) -> None:
+    with pytest.raises(BadConfig, match=sentence):
+        reweighted(features(2), weights)
+
+
+class OneFace:
+    """An encoder that sees one face in every picture that is not black: its mean colour."""
+
+    def faces(self, picture: np.ndarray) -> list[Any]:
+        if not picture.any():
+            return []
+        colour = picture.reshape(-1, 3).mean(0).astype(np.float32)
+        face = type("Face", (), {"area": 1.0, "unit_embedding": colour / np.linalg.norm(colour)})
+        return [face]
+
+
+def painted(*colours: tuple[int, int, int]) -> list[np.ndarray]:
+    return [np.full((64, 64, 3), colour, np.uint8) for colour in colours]
+
+
+def test_likeness_by_hand() -> None:
+    pictures = painted((0, 255, 0), (0, 0, 0), (255, 0, 0))
+    found = measure(pictures, painted((255, 0, 0)), OneFace())  # type: ignore[arg-type]
+    assert [likeness.cosine for likeness in found] == [pytest.approx(0), None, pytest.approx(1)]
+    assert found[1].percent == 0
+    assert found[0].percent == pytest.approx(100 / (1 + np.exp(ARCFACE.slope * ARCFACE.centre)))
+    assert [likeness.number for likeness in best_first(found)] == [3, 1, 2]
+
+
+def test_half_way_means_fifty_percent() -> None:
+    assert Calibration(0.4, 10, 0.7, 0.1, 0, 0.1).percent(0.4) == pytest.approx(50)
+
+
+def test_photos_without_a_face_are_refused() -> None:
+    with pytest.raises(NoFaceFound, match="in the photos to compare with"):
+        measure(painted((1, 1, 1)), painted((0, 0, 0)), OneFace())  # type: ignore[arg-type]
