@@ -20,7 +20,7 @@ from difflora_core.recogniser import (
 from difflora_core.weights_file import read_safetensors, write_safetensors
 
 SMALL = (
-    IResNetConfig(stem=4, widths=(4, 4, 8, 8), layers=(1, 1, 1, 1), embedding=16),
+    IResNetConfig(stem=4, widths=(4, 8, 8), layers=(1, 1, 1), embedding=16),
     ConvNeXtConfig(widths=(8, 8, 16), layers=(1, 1, 1), embedding=16),
 )
 
