@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ def register_folders() -> None:
         FACES: Path(folder_paths.get_output_directory()) / "difflora_faces",
     }
     for name, place in places.items():
+        with contextlib.suppress(OSError):  # on a read-only disk there is just nothing to list
+            place.mkdir(parents=True, exist_ok=True)
         folder_paths.add_model_folder_path(name, str(place))
         folder_paths.folder_names_and_paths[name][1].add(".safetensors")
 

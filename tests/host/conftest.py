@@ -9,14 +9,17 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from difflora_core.mini_world import MINI_FOLDER
+
 HERE = Path(__file__).parent
 
 
-def _load(name: str) -> object:
+def _load(name: str) -> Any:
     """Import a helper of this folder; with importlib mode it is no package."""
     spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
     assert spec and spec.loader
@@ -35,8 +38,8 @@ prompts = _load("prompts")
 
 
 @pytest.fixture(scope="session")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
-    """ComfyUI with the pack loaded, on random weights where none are shipped."""
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """ComfyUI with the pack loaded."""
     comfyui = comfy_host.find_comfyui()
     if comfyui is None:
         pytest.skip("needs a ComfyUI: set COMFYUI_PATH to a checkout")
@@ -51,16 +54,30 @@ def random_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def world(host: object, random_world: Path) -> Path:
-    """The folder that the pack takes its files from: the shipped one, else random weights."""
-    module = host.module("nodes.host")
-    if not (module.MINI_FOLDER / "predictor.safetensors").is_file():
-        module.MINI_FOLDER = random_world
-    return module.MINI_FOLDER
+@pytest.fixture
+def world(host: Any, random_world: Path) -> Path:
+    """The pack takes its files from random weights; faces come from the stand-in encoder."""
+    return enter(host, random_world)
 
 
 @pytest.fixture
-def base_prompt(host: object, world: Path) -> object:
+def shipped_world(host: Any) -> Path:
+    """The pack takes its files from where they are shipped."""
+    if not (MINI_FOLDER / "predictor.safetensors").is_file():
+        pytest.skip("no weights are shipped")
+    return enter(host, MINI_FOLDER)
+
+
+def enter(host: Any, folder: Path) -> Path:
+    """Change the folder of the mini world; what ComfyUI has cached from another one is dropped."""
+    module = host.module("nodes.host")
+    if folder != module.MINI_FOLDER:
+        module.MINI_FOLDER = folder
+        host.forget_outputs()
+    return folder
+
+
+@pytest.fixture
+def base_prompt(host: Any, world: Path) -> Any:
     """A function seed -> the stock text-to-image prompt on the mini model."""
     return prompts.text_to_image

@@ -15,34 +15,77 @@ TWIN = Path(__file__).parents[1] / "data" / "first_light_api.json"
 
 
 @pytest.fixture
-def first_light(host: Host, world: Path) -> dict[str, Any]:
-    """The workflow; with faces that a colour stands for where no face pack is shipped."""
-    prompt = json.loads(TWIN.read_text(encoding="utf-8"))
-    if not (world / "insightface").is_dir():
-        for key, entry in prompt.items():
-            if entry["class_type"] == "DiffLoRA_LoadFaceEncoder":
-                prompt[key] = node("TestFaces")
-            if entry["class_type"] == "DiffLoRA_ExamplePhoto":
-                prompt[key] = node("TestPhoto", faces="one")
-    return prompt
+def first_light() -> dict[str, Any]:
+    return json.loads(TWIN.read_text(encoding="utf-8"))
 
 
-def outputs(prompt: dict[str, Any], class_type: str) -> list[list[Any]]:
-    return [[key, 0] for key, entry in prompt.items() if entry["class_type"] == class_type]
+def outputs(prompt: dict[str, Any], class_type: str, slot: int = 0) -> list[list[Any]]:
+    return [[key, slot] for key, entry in prompt.items() if entry["class_type"] == class_type]
 
 
-def test_first_light_runs(host: Host, first_light: dict[str, Any]) -> None:
+def keep(prompt: dict[str, Any], **links: list[Any]) -> dict[str, Any]:
+    extra = {f"keep_{k}": node("TestCapture", value=v, name=k) for k, v in links.items()}
+    return {**prompt, **extra}
+
+
+def test_first_light_runs_on_random_weights(
+    host: Host, world: Path, first_light: dict[str, Any]
+) -> None:
+    for key, entry in first_light.items():
+        if entry["class_type"] == "DiffLoRA_LoadFaceEncoder":
+            first_light[key] = node("TestFaces")
+        if entry["class_type"] == "DiffLoRA_ExamplePhoto":
+            first_light[key] = node("TestPhoto", faces="one")
     base, person = outputs(first_light, "VAEDecode")
-    keep = {
-        "keep_base": node("TestCapture", value=base, name="base"),
-        "keep_person": node("TestCapture", value=person, name="person"),
-    }
-    values = host.run({**first_light, **keep})
+    values = host.run(keep(first_light, base=base, person=person))
     assert values["base"].shape == values["person"].shape == (4, 128, 128, 3)
     assert torch.isfinite(values["person"]).all()
     assert not torch.equal(values["base"], values["person"])
     saved = {path.name[:4] for path in (host.base / "output" / "difflora").glob("*.png")}
     assert saved == {"base", "pers"}
+
+
+def test_first_light_draws_the_person(
+    host: Host, shipped_world: Path, first_light: dict[str, Any]
+) -> None:
+    base, person = outputs(first_light, "DiffLoRA_Likeness", slot=1)
+    crops = outputs(first_light, "DiffLoRA_EncodeFaceFeatures", slot=1)[0]
+    values = host.run(keep(first_light, base=base, person=person, crops=crops))
+    assert values["crops"].shape[0] == 1
+    assert values["person"] > 50 > values["base"]
+
+
+def test_faces_of_a_group_are_numbered(host: Host, shipped_world: Path) -> None:
+    names = host.module("nodes.example").people()[:2]
+    photos = [node("DiffLoRA_ExamplePhoto", person=name) for name in names]
+    prompt = {
+        "one": photos[0],
+        "two": photos[1],
+        "group": node(
+            "ImageStitch",
+            image1=["one", 0],
+            image2=["two", 0],
+            direction="right",
+            match_image_size=True,
+            spacing_width=0,
+            spacing_color="white",
+        ),
+        "faces": node("DiffLoRA_LoadFaceEncoder", pack="mini", provider="CPU"),
+        "features": node(
+            "DiffLoRA_EncodeFaceFeatures",
+            photos=["group", 0],
+            face_encoder=["faces", 0],
+            face="by number",
+            face_number=2,
+            weights="",
+        ),
+    }
+    values = host.run(keep(prompt, crops=["features", 1], features=["features", 0]))
+    assert values["crops"].shape[0] == 2
+    alone = {**prompt, "group": photos[1]}
+    alone["features"]["inputs"] |= {"face_number": 1}
+    single = host.run(keep(alone, features=["features", 0]))["features"]
+    assert torch.cosine_similarity(single.face, values["features"].face).item() > 0.8
 
 
 def test_example_photos_are_pictures(host: Host) -> None:

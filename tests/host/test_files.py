@@ -1,0 +1,96 @@
+"""Files in and out: other spellings, core's own LORA_MODEL, broken and foreign files."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comfy_host import Host, PromptFailed
+from mini_files import random_predictor
+from prompts import kept, node, predicted, saved_lora
+from safetensors.torch import load_file, save_file
+
+from difflora_core.weights_file import lora_from_state_dict, read_lora
+
+
+def deltas(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {layer.name: layer.delta() for layer in lora_from_state_dict(tensors)}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys() and one
+    assert all(torch.allclose(one[key], other[key], atol=1e-6) for key in one)
+
+
+@pytest.fixture
+def models(host: Host, world: Path) -> Iterator[Path]:
+    """models/difflora, emptied afterwards."""
+    folder = host.base / "models" / "difflora"
+    yield folder
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def test_peft_file_is_read(host: Host, world: Path) -> None:
+    lora = read_lora(host.base / "models" / "loras" / saved_lora(host))
+    tensors = {}
+    for layer in lora:
+        tensors[f"{layer.name}.lora_A.weight"] = layer.down.float().contiguous()
+        tensors[f"{layer.name}.lora_B.weight"] = (layer.up * layer.scale).float().contiguous()
+    save_file(tensors, host.base / "models" / "loras" / "peft.safetensors")
+    prompt = {"file": node("DiffLoRA_LoadLoraFile", file="peft.safetensors")}
+    values = host.run(kept(prompt, lora=["file", 0], info=["file", 1]))
+    assert_same(deltas(values["lora"]), {layer.name: layer.delta() for layer in lora})
+    assert "base mini" in values["info"] and "56 layers" in values["info"]
+
+
+def test_lora_model_of_core_is_saved(host: Host, world: Path) -> None:
+    """ComfyUI's trainer passes keys like diffusion_model.input_blocks...lora_up.weight."""
+    import comfy.lora
+
+    prompt = kept({**predicted(), "mini": node("DiffLoRA_LoadMiniModel")}, model=["mini", 0])
+    values = host.run(kept(prompt, lora=["lora", 0]))
+    names = comfy.lora.model_lora_keys_unet(values["model"].model, {})
+    theirs = {}
+    for key, tensor in values["lora"].items():
+        layer, _, part = key.partition(".")
+        theirs[f"{names[layer].removesuffix('.weight')}.{part}"] = tensor
+    save = host.nodes.NODE_CLASS_MAPPINGS["DiffLoRA_SaveLora"]
+    (path,) = save.execute(theirs, "core", "models/loras", "fp32", "sks person").args
+    assert_same(deltas(load_file(path)), deltas(values["lora"]))
+
+
+def test_damaged_predictor_is_explained(host: Host, models: Path, world: Path) -> None:
+    whole = (world / "predictor.safetensors").read_bytes()
+    (models / "damaged.safetensors").write_bytes(whole[: len(whole) // 2])
+    prompt = predicted()
+    prompt["predictor"]["inputs"]["predictor"] = "damaged.safetensors"
+    with pytest.raises(PromptFailed, match=r"damaged\.safetensors is truncated"):
+        host.run(kept(prompt, lora=["lora", 0]))
+
+
+def test_other_files_are_no_predictors(host: Host, models: Path, world: Path) -> None:
+    shutil.copy(world / "vae.safetensors", models / "vae.safetensors")
+    prompt = predicted()
+    prompt["predictor"]["inputs"]["predictor"] = "vae.safetensors"
+    with pytest.raises(PromptFailed, match=r"vae\.safetensors is not a DiffLoRA predictor"):
+        host.run(kept(prompt, lora=["lora", 0]))
+
+
+def test_features_of_another_encoder_are_refused(host: Host, models: Path) -> None:
+    random_predictor("mini image encoder", "antelopev2").save(models / "other.safetensors")
+    prompt = predicted()
+    prompt["predictor"]["inputs"]["predictor"] = "other.safetensors"
+    with pytest.raises(PromptFailed, match="comes from mini; the predictor knows antelopev2"):
+        host.run(kept(prompt, lora=["lora", 0]))
+
+
+def test_missing_face_pack_is_explained(host: Host, world: Path) -> None:
+    open_encoder: Any = host.module("nodes.loaders").open_face_encoder
+    error = host.module("difflora_core.errors").BadWeightsFile
+    with pytest.raises(error, match="The face pack 'nobody' is not in"):
+        open_encoder("nobody")
