@@ -13,6 +13,7 @@ demo: venv
 
 test: venv
 	$(VENV) -m pytest tests --ignore=tests/host
+	@echo "tests/host was left out: it needs a ComfyUI, see make test-host"
 
 # Needs a ComfyUI checkout at COMFYUI_PATH, and an interpreter that can run it (COMFYUI_PYTHON).
 test-host: venv

@@ -112,7 +112,7 @@ class _People:
         return loras
 
     def paint(self, loras: list[Lora] | None) -> Tensor:
-        """Every prompt for every person with the noise of its column, [people * prompts, 3, S, S]."""
+        """Every prompt for every person with its column's noise: [people * prompts, 3, S, S]."""
         prompts = [p if loras is None else personal(p) for _ in range(PEOPLE) for p in PROMPTS]
         seeds = [self.config.run.seed + k for k in range(len(prompts))]
         each = None if loras is None else [lora for lora in loras for _ in PROMPTS]

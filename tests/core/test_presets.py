@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 import torch
@@ -51,12 +50,10 @@ def test_default_preset_predicts_for_sdxl_on_the_cpu():
     with torch.no_grad():
         for tensor in predictor.state_dict().values():
             tensor.fill_(0.01)
-        begin = time.perf_counter()
         on = torch.ones(1, dtype=torch.bool)
         condition = predictor.condition(torch.ones(1, 512), torch.ones(1, 1280), on, on)
         x0 = predictor.denoise(torch.ones(1, *predictor.latent_shape), torch.ones(1), condition)
         lora = space.unpack(predictor.decode(x0)[0])
-    assert time.perf_counter() - begin < 60
     assert_keys_of_sdxl(lora)
 
 

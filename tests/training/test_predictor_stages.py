@@ -85,9 +85,7 @@ def test_end_to_end_gradients_reach_every_part(config: Config) -> None:
         for parameter in predictor.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.02)
-    stage = finetune_stage.EndToEnd(
-        predictor, painter, pool, settings, torch.Generator().manual_seed(0)
-    )
+    stage = finetune_stage.EndToEnd(predictor, painter, pool, settings)
     stage.step(1)["loss"].backward()
     for part in finetune_stage.PARTS:
         learned = [p for n, p in getattr(predictor, part).named_parameters() if "encoder" not in n]

@@ -29,7 +29,7 @@ class Embeddings:
     face: Tensor
     image: Tensor
 
-    def pick(self, people: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def pick(self, people: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
         """One random photo of each person [B]: face [B, Ef], image [B, Ei]."""
         photos = self.face.shape[1]
         j = torch.randint(photos, people.shape, generator=generator, device=people.device)

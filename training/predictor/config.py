@@ -73,6 +73,9 @@ class FinetuneTraining:
     """Share of samples without the face, and as many without the image embedding."""
     min_snr: float = 5.0
     """Gamma of the min-SNR loss weight; 0 = plain epsilon loss."""
+    minutes: float = 0.0
+    """Time for the training: the number of steps is set from the measured speed, at most
+    optim.steps; 0 = optim.steps."""
     shrink: float = 1e-4
     """Weight of the mean squared LoRA value, which keeps unused directions at zero."""
     optim: OptimConfig = field(

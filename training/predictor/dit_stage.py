@@ -84,7 +84,7 @@ def random_condition(
     predictor: Predictor,
     photos: Embeddings,
     people: Tensor,
-    generator: torch.Generator,
+    generator: torch.Generator | None,
     drop_source: float,
     drop: float = 0.0,
 ) -> Condition:

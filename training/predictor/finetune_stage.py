@@ -16,8 +16,8 @@ from difflora_core.predictor import Predictor
 from ..base.noise import NoiseSchedule
 from ..base.painter import Painter
 from ..base.side_path import Factors, spread_factors
+from ..budget import train
 from ..config import Config
-from ..loop import Trainer
 from ..loras.stage import lora_space
 from ..run_folder import RunFolder
 from .autoencoder_stage import new_predictor
@@ -39,15 +39,15 @@ def run(config: Config, folder: RunFolder) -> None:
         predictor = open_bundle(config, f"{name}_dit")
     else:
         predictor = fresh_predictor(config, pool)
-    trainer = Trainer(
+    trainer = train(
         {part: getattr(predictor, part) for part in PARTS},
         settings.optim,
         config.run,
         folder.part(name),
-        items_per_step=settings.batch * settings.per_person,
+        EndToEnd(predictor, painter, pool, settings).step,
+        batch=settings.batch * settings.per_person,
+        minutes=settings.minutes,
     )
-    stage = EndToEnd(predictor, painter, pool, settings, trainer.generator)
-    trainer.fit(stage.step)
     for part in PARTS:
         getattr(predictor, part).load_state_dict(trainer.averaged(part))
     figures = {"people": len(pool), "steps": trainer.step}
@@ -71,22 +71,19 @@ class EndToEnd:
         painter: Painter,
         pool: PeoplePool,
         config: FinetuneTraining,
-        generator: torch.Generator,
     ) -> None:
         self.predictor, self.painter, self.pool, self.config = predictor, painter, pool, config
-        self.generator = generator
         self.schedule = NoiseSchedule(painter.device)
 
     def step(self, i: int) -> dict[str, Tensor]:
         config, device = self.config, self.painter.device
         people = self._integers(len(self.pool), config.batch)
         condition = random_condition(
-            self.predictor, self.pool.photos, people, self.generator, config.drop_source
+            self.predictor, self.pool.photos, people, None, config.drop_source
         )
         vectors = self.predictor.decode(self.own_estimate(condition, i % config.rollout))
-        which = torch.rand(
-            config.batch, self.config.pictures, generator=self.generator, device=device
-        ).argsort(1)[:, : config.per_person]
+        shuffled = torch.rand(config.batch, config.pictures, device=device).argsort(1)
+        which = shuffled[:, : config.per_person]
         plain, weighted = self.painting_loss(vectors, people, which)
         size = vectors.square().mean()
         return {"loss": weighted + config.shrink * size, "epsilon": plain, "size": size}
@@ -95,7 +92,7 @@ class EndToEnd:
         """The predictor's estimate of z_0 after `done` of its sampling steps from pure noise."""
         steps, rows = self.config.rollout, len(condition.vector)
         shape = (rows, *self.predictor.latent_shape)
-        z = torch.randn(shape, generator=self.generator, device=condition.vector.device)
+        z = torch.randn(shape, device=condition.vector.device)
         times = torch.linspace(1, 0, steps + 1, device=z.device)
         for k in range(done + 1):
             t, s = times[k].expand(rows), times[k + 1].expand(rows)
@@ -111,7 +108,7 @@ class EndToEnd:
         """Mean epsilon loss and its weighted form on pictures `which` [B, m] of the people [B]."""
         latents = self.pool.latents[people[:, None], which].flatten(0, 1).float()
         prompts = self.pool.prompts[people[:, None], which].flatten(0, 1).long()
-        noise = torch.randn(latents.shape, generator=self.generator, device=latents.device)
+        noise = torch.randn_like(latents)
         t = self._integers(1000, len(latents))
         context = self.painter.text(prompts).last_hidden_state
         with self.painter.side_path.using(self.factors(vectors, which.shape[1])):
@@ -133,4 +130,4 @@ class EndToEnd:
         return spread_factors(factors, times)
 
     def _integers(self, high: int, count: int) -> Tensor:
-        return torch.randint(high, (count,), generator=self.generator, device=self.painter.device)
+        return torch.randint(high, (count,), device=self.painter.device)

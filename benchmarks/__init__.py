@@ -1,0 +1,1 @@
+"""Benchmarks: speed and memory beside a peer, both sides measured in one run, alternating."""
