@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from diffusers import UNet2DConditionModel
 
@@ -45,7 +47,7 @@ def sdxl() -> Case:
     return case("predict/sdxl/default", alternate(sides, 1))
 
 
-def predictor_run(base: str):
+def predictor_run(base: str) -> Callable[[], object]:
     """A call that predicts one LoRA from the features of one photo."""
     predictor = Predictor(preset("default", LoraSpace.for_base(base), FACE, IMAGE)).eval()
     ones = torch.ones(1)
@@ -53,7 +55,7 @@ def predictor_run(base: str):
     return lambda: predictor.predict(features, seed=0)
 
 
-def sdxl_step():
+def sdxl_step() -> Callable[[], object]:
     """A call that runs SDXL's U-Net once on a batch of two (conditional, unconditional), 1024 px.
 
     Weights are noise, the sizes are the real ones: 2.57 billion parameters in single precision.

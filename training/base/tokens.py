@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
+from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor
 
 from ..portraits import describe, sample_scenes
@@ -44,9 +45,7 @@ def _word_ids(word: str) -> tuple[int, ...]:
 
 
 @cache
-def _tokenizer():
-    from open_clip.tokenizer import SimpleTokenizer  # slow to import; carries CLIP's vocabulary
-
+def _tokenizer() -> SimpleTokenizer:
     return SimpleTokenizer()
 
 

@@ -86,6 +86,11 @@ class Judges:
         nowhere = torch.zeros(len(pictures), dtype=torch.bool)
         return self._look(pictures, torch.zeros(len(pictures), 1), nowhere)
 
+    def attribute_logits(self, pictures: Tensor) -> dict[str, Tensor]:
+        """Attribute -> [N, values] for pictures [N, 3, H, W] in 0..1."""
+        outputs = _in_chunks(self._attributes, pictures, self.device)
+        return {name: logits for name, logits in outputs.items() if name != "features"}
+
     @torch.no_grad()
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """Unit embeddings of prompts [N, D] by the image-text model."""

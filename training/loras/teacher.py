@@ -8,7 +8,7 @@ does not depend on who else is in the group.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -129,7 +129,7 @@ class _Draws:
             lambda g: torch.rand(config.steps, config.pictures, generator=g, device=device)
         ).argsort(-1)[..., : config.batch]
 
-    def _each(self, draw) -> Tensor:
+    def _each(self, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
         return torch.stack([draw(g) for g in self.generators])
 
     def noise(self, shape: torch.Size) -> Tensor:

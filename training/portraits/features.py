@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .anatomy import Anatomy, Pose
-from .canvas import Canvas, bow, circle, cover, ellipse, rotate, soft, wide
+from .canvas import Canvas, Window, bow, circle, cover, ellipse, rotate, soft, wide
 
 # Per expression, in the order of vocabulary.EXPRESSIONS:
 # neutral, smiling, laughing, sad, angry, surprised
@@ -46,7 +46,9 @@ def landmarks(who: Anatomy, pose: Pose, expression: Tensor) -> Tensor:
     return torch.stack([torch.stack(p, -1) for p in xy], 1)
 
 
-def _window(canvas: Canvas, pose: Pose, u: Tensor, v: Tensor, width: float, height: float):
+def _window(
+    canvas: Canvas, pose: Pose, u: Tensor, v: Tensor, width: float, height: float
+) -> Window:
     """The window around a point of the head's frame; sized for the largest head in the batch."""
     x, y = pose.to_picture(u[:, 0, 0], v[:, 0, 0])
     zoom = float(pose.scale.max())

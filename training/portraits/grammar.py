@@ -64,7 +64,9 @@ def _as_lists(scene: Scene) -> dict[str, list]:
 class _Speaker:
     """Turns one scene, given as plain numbers, into a sentence."""
 
-    def __init__(self, rng: random.Random | None, subject: str, mention: float, looks: float):
+    def __init__(
+        self, rng: random.Random | None, subject: str, mention: float, looks: float
+    ) -> None:
         self.rng, self.subject, self.mention, self.looks = rng, subject, mention, looks
 
     def sentence(self, row: dict) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -48,13 +50,13 @@ def finish(
     config: Config,
     predictor: Predictor,
     names: list[str],
-    figures: dict[str, float],
+    figures: Mapping[str, float],
     *,
     final: bool,
 ) -> None:
     """Calibrate the strength, then write the bundle under its names."""
     predictor.eval().requires_grad_(False)
-    figures = figures | calibrate(config, predictor)
+    figures = {**figures, **calibrate(config, predictor)}
     for name in [*names, *([config.predictor.name] if final else [])]:
         save_bundle(config, predictor, name)
         record_artifact(config, f"{name}.safetensors", figures)

@@ -94,13 +94,11 @@ class EndToEnd:
         shape = (rows, *self.predictor.latent_shape)
         z = torch.randn(shape, device=condition.vector.device)
         times = torch.linspace(1, 0, steps + 1, device=z.device)
-        for k in range(done + 1):
-            t, s = times[k].expand(rows), times[k + 1].expand(rows)
-            with torch.set_grad_enabled(k == done):
-                x0 = self.predictor.denoise(z, t, condition)
-                if k < done:
-                    z = self.predictor.diffusion.step(x0, z, t, s)
-        return x0
+        with torch.no_grad():
+            for k in range(done):
+                t, s = times[k].expand(rows), times[k + 1].expand(rows)
+                z = self.predictor.diffusion.step(self.predictor.denoise(z, t, condition), z, t, s)
+        return self.predictor.denoise(z, times[done].expand(rows), condition)
 
     def painting_loss(
         self, vectors: Tensor, people: Tensor, which: Tensor
