@@ -120,3 +120,19 @@ def test_training_writes_what_the_world_opens(config: Config, tmp_path: Path) ->
     assert vae.config["scaling_factor"] > 0
     assert text.tensors["embeddings.token_embedding.weight"].shape == (49408, 128)
     assert Painter.open(config).paint(["a person"], [0], steps=1).isfinite().all()
+
+
+def test_training_can_go_on_from_an_artifact(config: Config, tmp_path: Path) -> None:
+    still = [
+        "base.vae.optim.steps=1", "base.vae.optim.lr=0.0", "base.vae.batch=4", "base.vae.chunk=4",
+        "base.vae.pool=4", "base.vae.measured=2", "base.vae.optim.ema=0.0", "base.only=[vae]",
+    ]  # fmt: skip
+    file = tmp_path / "tiny.toml"
+    first = load_config(file, still)
+    train_base(first, open_run(first, "train-base"))
+    before = open_part("vae.safetensors", artifacts_folder(config)).tensors
+    again = load_config(file, [*still, "base.vae.start=artifact"])
+    train_base(again, open_run(again, "other"))
+    after = open_part("vae.safetensors", artifacts_folder(config)).tensors
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert any(tensor.abs().sum() > 0 for tensor in before.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ..run_config import OptimConfig
 
@@ -34,6 +35,8 @@ class VaeConfig:
     """Weight of the L1 distance of picture gradients, which keeps eyes and mouths sharp."""
     face_weight: float = 3.0
     """Extra weight of pixels inside face boxes: identity lives there."""
+    start: Literal["fresh", "artifact"] = "fresh"
+    """From new weights, or from the run's artifact (else the shipped one) of the same shape."""
     minutes: float = 0.0
     """Time for the training: the number of steps is set from the measured speed, at most
     optim.steps; 0 = optim.steps."""
@@ -79,6 +82,8 @@ class UnetConfig:
     """Share of tokens replaced by the row of unknown words."""
     min_snr: float = 5.0
     """Gamma of the min-SNR loss weight (Hang et al. 2023, eq. 5); 0 = plain epsilon loss."""
+    start: Literal["fresh", "artifact"] = "fresh"
+    """As for the VAE; text encoder included."""
     minutes: float = 0.0
     """As for the VAE; drawing the pool comes on top."""
     optim: OptimConfig = field(

@@ -21,6 +21,9 @@ NOISE_SCHEDULE: dict[str, Any] = {
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
 }
+# AutoencoderKL, UNet2DConditionModel and CLIPTextModel: the annotations of the packages do not
+# survive a type checker (decorated methods, dictionaries with attributes, tuples or classes)
+Vae = Unet = TextModel = Any
 TOKEN_TABLE = "embeddings.token_embedding.weight"
 
 
@@ -70,11 +73,11 @@ def text_config(config: TextConfig) -> dict[str, Any]:
     }
 
 
-def build_vae(config: dict[str, Any]) -> AutoencoderKL:
+def build_vae(config: dict[str, Any]) -> Vae:
     return AutoencoderKL(**config)
 
 
-def start_residuals_at_zero(vae: AutoencoderKL) -> None:
+def start_residuals_at_zero(vae: Vae) -> None:
     """Every residual branch starts as nothing (Goyal et al. 2017, section 5.1).
 
     The fresh network is then nearly linear and learns to copy several times sooner.
@@ -86,17 +89,17 @@ def start_residuals_at_zero(vae: AutoencoderKL) -> None:
                 nn.init.zeros_(module.bias)
 
 
-def build_unet(config: dict[str, Any]) -> UNet2DConditionModel:
+def build_unet(config: dict[str, Any]) -> Unet:
     return UNet2DConditionModel(**config)
 
 
-def build_compact_text(config: dict[str, Any]) -> CLIPTextModel:
+def build_compact_text(config: dict[str, Any]) -> TextModel:
     """A text model whose token table has only the rows of `tokens.rows`.
 
     The ids it sees are table rows, so its end token is a row number too.
     """
     end = int(token_index()[END])
-    compact = config | {
+    compact: dict[str, Any] = config | {
         "vocab_size": len(known_tokens()) + 1,
         "bos_token_id": int(token_index()[START]),
         "eos_token_id": end,
@@ -112,17 +115,17 @@ def text_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return rest | {"token_rows": table, "token_index": token_index()}
 
 
-def open_vae(config: Config) -> AutoencoderKL:
+def open_vae(config: Config) -> Vae:
     tensors, built_from = read_artifact(config, "vae")
     return _frozen(build_vae(built_from), tensors)
 
 
-def open_unet(config: Config) -> UNet2DConditionModel:
+def open_unet(config: Config) -> Unet:
     tensors, built_from = read_artifact(config, "unet")
     return _frozen(build_unet(built_from), tensors)
 
 
-def open_text(config: Config) -> CLIPTextModel:
+def open_text(config: Config) -> TextModel:
     """The trained text encoder over compact rows (see `tokens.rows`)."""
     tensors, built_from = read_artifact(config, "text_encoder")
     weights = {k: v for k, v in tensors.items() if not k.startswith("token_")}

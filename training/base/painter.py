@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
-from transformers import CLIPTextModel
 
 from difflora_core.lora import Lora
 
 from ..config import Config
-from .models import NOISE_SCHEDULE, open_text, open_unet, open_vae
+from .models import NOISE_SCHEDULE, TextModel, Unet, Vae, open_text, open_unet, open_vae
 from .pool import decode_latents
 from .side_path import Factors, SidePath, repeat_factors, stack_loras
 from .tokens import rows
@@ -27,9 +26,9 @@ GUIDANCE = 4.0
 class Painter:
     """The mini model, ready to sample; all parts frozen on one device."""
 
-    vae: AutoencoderKL
-    unet: UNet2DConditionModel
-    text: CLIPTextModel
+    vae: Vae
+    unet: Unet
+    text: TextModel
     side_path: SidePath
 
     @classmethod
@@ -84,7 +83,7 @@ class Painter:
             for t in scheduler.timesteps:
                 wanted, plain = self.unet(torch.cat([latents] * 2), t, context).sample.chunk(2)
                 noise = plain + guidance * (wanted - plain)
-                latents = scheduler.step(noise, t, latents).prev_sample
+                latents = scheduler.step(noise, t, latents, return_dict=False)[0]
         return latents
 
     @torch.no_grad()

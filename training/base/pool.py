@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from ..portraits import Scene, describe, render, sample_scenes
 from .config import UnetConfig
+from .models import Vae
 from .tokens import rows
 
 CHUNK = 2048
@@ -39,9 +39,7 @@ class LatentPool:
         return self.latents[index].float(), self.prompts[index].long()
 
 
-def build_pool(
-    vae: AutoencoderKL, config: UnetConfig, seed: int, device: torch.device
-) -> LatentPool:
+def build_pool(vae: Vae, config: UnetConfig, seed: int, device: torch.device) -> LatentPool:
     """Draw `config.pool` pictures of training people and encode them."""
     latents, prompts = [], []
     for scene, spoken in _scenes_with_prompts(config, seed):
@@ -52,14 +50,14 @@ def build_pool(
 
 
 @torch.no_grad()
-def encode_images(vae: AutoencoderKL, images: Tensor, chunk: int = 512) -> Tensor:
+def encode_images(vae: Vae, images: Tensor, chunk: int = 512) -> Tensor:
     """Pictures [B, 3, H, W] in 0..1 -> scaled latents [B, 4, H/8, W/8] float32 (posterior mean)."""
     parts = [vae.encode(part * 2 - 1).latent_dist.mean for part in images.split(chunk)]
     return torch.cat(parts).float() * vae.config.scaling_factor
 
 
 @torch.no_grad()
-def decode_latents(vae: AutoencoderKL, latents: Tensor, chunk: int = 128) -> Tensor:
+def decode_latents(vae: Vae, latents: Tensor, chunk: int = 128) -> Tensor:
     """Scaled latents -> pictures [B, 3, H, W] in 0..1."""
     parts = [vae.decode(part).sample for part in (latents / vae.config.scaling_factor).split(chunk)]
     return (torch.cat(parts).float() / 2 + 0.5).clamp(0, 1)

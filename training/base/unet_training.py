@@ -13,6 +13,8 @@ from .config import UnetConfig
 from .models import (
     build_compact_text,
     build_unet,
+    open_text,
+    open_unet,
     open_vae,
     text_config,
     text_tensors,
@@ -30,6 +32,9 @@ def train_unet(config: Config, folder: RunFolder) -> None:
     pool = build_pool(open_vae(config).to(device), base.unet, config.run.seed, device)
     unet = build_unet(unet_config(base.unet, base.text)).to(device)
     text = build_compact_text(text_config(base.text)).to(device)
+    if base.unet.start == "artifact":
+        unet.load_state_dict(open_unet(config).state_dict())
+        text.load_state_dict(open_text(config).state_dict())
     schedule, empty = NoiseSchedule(device), rows([""]).to(device)
 
     def step(i: int) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from ..artifacts import save_artifact
@@ -18,7 +17,7 @@ from ..example_pool import Examples, Pool, as_bytes
 from ..portraits import Portraits, render, sample_scenes
 from ..run_folder import RunFolder
 from .config import VaeConfig
-from .models import build_vae, start_residuals_at_zero, vae_config
+from .models import Vae, build_vae, open_vae, start_residuals_at_zero, vae_config
 from .pool import decode_latents, encode_images
 
 _WHOLE_EVERY = 4
@@ -31,7 +30,10 @@ def train_vae(config: Config, folder: RunFolder) -> None:
     settings, device = config.base.vae, config.run.torch_device()
     torch.manual_seed(config.run.seed)
     vae = build_vae(vae_config(settings)).to(device, memory_format=torch.channels_last)
-    start_residuals_at_zero(vae)
+    if settings.start == "artifact":
+        vae.load_state_dict(open_vae(config).state_dict())
+    else:
+        start_residuals_at_zero(vae)
     pool = Pool(lambda k: _draw(config, k), settings.pool, settings.reuse)
 
     def step(i: int) -> dict[str, Tensor]:
@@ -95,7 +97,7 @@ def _uniform(rows: Tensor) -> Tensor:
     return torch.rand(len(rows), device=rows.device)
 
 
-def vae_losses(vae: AutoencoderKL, batch: Examples, config: VaeConfig) -> dict[str, Tensor]:
+def vae_losses(vae: Vae, batch: Examples, config: VaeConfig) -> dict[str, Tensor]:
     """L1 on pixels and on their gradients, more on faces, and the KL divergence (all means)."""
     target = (batch["images"] * 2 - 1).contiguous(memory_format=torch.channels_last)
     posterior = vae.encode(target).latent_dist
@@ -125,7 +127,7 @@ def _edge_loss(painted: Tensor, target: Tensor, weight: Tensor, axis: int) -> Te
 
 
 @torch.no_grad()
-def latent_scale(vae: AutoencoderKL, count: int, device: torch.device) -> float:
+def latent_scale(vae: Vae, count: int, device: torch.device) -> float:
     """1 / standard deviation of the latents (Rombach et al. 2022, appendix G)."""
     scenes = sample_scenes(count, torch.Generator().manual_seed(1), people="mixed")
     vae.register_to_config(scaling_factor=1.0)
@@ -134,7 +136,7 @@ def latent_scale(vae: AutoencoderKL, count: int, device: torch.device) -> float:
 
 
 @torch.no_grad()
-def measure_vae(vae: AutoencoderKL, count: int, device: torch.device) -> dict[str, Any]:
+def measure_vae(vae: Vae, count: int, device: torch.device) -> dict[str, Any]:
     """PSNR in dB over whole pictures and inside face boxes, on people never trained on."""
     scenes = sample_scenes(count, torch.Generator().manual_seed(99), split="test")
     drawn = render(scenes.to(device))
