@@ -71,7 +71,7 @@ def warp(images: Tensor, back: Tensor, size: int) -> Tensor:
 
 def aligned_pixels(image: Pixels, landmarks: NDArray[np.float32]) -> Pixels:
     """ArcFace's crop of one uint8 picture: [112, 112, 3]."""
-    tensor = rearrange(torch.from_numpy(np.ascontiguousarray(image)).float(), "h w c -> 1 c h w")
+    tensor = rearrange(torch.from_numpy(np.array(image)).float(), "h w c -> 1 c h w")
     crop = align(tensor, torch.from_numpy(np.asarray(landmarks, np.float32))[None])
     return rearrange(crop.round().byte(), "1 c h w -> h w c").numpy()
 

@@ -12,6 +12,7 @@ from PIL import Image
 from difflora_core.errors import BadConfig, DiffLoRAError
 from difflora_core.face import FaceEncoder
 from tests.training.tiny_world import StandInFaces, write_world
+from training import artifacts
 from training.__main__ import main, open_run
 from training.artifacts import artifacts_folder
 from training.config import Config, load_config
@@ -42,6 +43,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     pack.touch()
     monkeypatch.setattr(measures, "PREFERENCE_PICTURES", 16)
     monkeypatch.setattr(audition, "STEPS", 2)
+    monkeypatch.setattr(artifacts, "SHIPPED", tmp_path / "nothing is shipped")
     monkeypatch.setattr(FaceEncoder, "open", lambda *args, **kwargs: StandInFaces())
     return config
 
