@@ -69,9 +69,3 @@ def cosine(first: Tensor, second: Tensor) -> Tensor:
 def mean_embedding(embeddings: Tensor) -> Tensor:
     """The direction that stands for several pictures [N, D] of one person: [D], length 1."""
     return F.normalize(F.normalize(embeddings.float(), dim=-1).mean(0), dim=-1)
-
-
-def best_of(candidates: Tensor, reference: Tensor, count: int = 1) -> list[int]:
-    """Indices of the `count` candidates [N, D] most like the reference [D], best first."""
-    scores = cosine(candidates, reference[None])
-    return torch.argsort(scores, descending=True, stable=True)[:count].tolist()

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from difflora_core.likeness import best_of, cosine, fit_calibration, mean_embedding
+from difflora_core.likeness import fit_calibration, mean_embedding
 
 
 def test_two_normal_distributions_give_the_known_logistic() -> None:
@@ -28,14 +28,6 @@ def test_percent_rises_from_0_to_100() -> None:
     values = [fit.percent(c / 10) for c in range(-10, 11)]
     assert values == sorted(values)
     assert values[0] < 1 and values[-1] > 99 and math.isfinite(fit.slope)
-
-
-def test_best_of_orders_by_cosine_whatever_the_length() -> None:
-    reference = torch.tensor([1.0, 0.0])
-    candidates = torch.tensor([[0.0, 9.0], [0.1, 0.0], [5.0, 5.0], [-3.0, 0.0]])
-    assert best_of(candidates, reference, 4) == [1, 2, 0, 3]
-    assert best_of(candidates, reference) == [1]
-    assert cosine(candidates, reference[None]).tolist() == pytest.approx([0, 1, 0.5**0.5, -1])
 
 
 def test_mean_embedding_counts_directions_not_lengths() -> None:

@@ -64,7 +64,6 @@ def test_schedule_is_that_of_diffusers() -> None:
     clean, noise = torch.randn(2, 3, 4, 8, 8)
     noisy = schedule.add_noise(clean, noise, t)
     assert torch.allclose(noisy, theirs.add_noise(clean, noise, t), atol=1e-5)
-    assert torch.allclose(schedule.clean(noisy, noise, t), clean, atol=1e-2)
 
 
 def tiny_unet() -> UNet2DConditionModel:

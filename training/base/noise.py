@@ -20,10 +20,6 @@ class NoiseSchedule:
         """x_t [B, 4, H, W] (Ho et al. 2020, eq. 4)."""
         return _wide(self.signal[t]) * latents + _wide(self.noise[t]) * noise
 
-    def clean(self, noisy: Tensor, predicted_noise: Tensor, t: Tensor) -> Tensor:
-        """The estimate of x_0 that a noise prediction implies."""
-        return (noisy - _wide(self.noise[t]) * predicted_noise) / _wide(self.signal[t])
-
     def min_snr_weight(self, t: Tensor, gamma: float) -> Tensor:
         """min(SNR, gamma) / SNR, the epsilon form of Hang et al. 2023, eq. 5; ones for gamma 0."""
         snr = self.alpha[t] / (1 - self.alpha[t])

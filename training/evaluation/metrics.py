@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
@@ -91,11 +90,6 @@ def nearest_distance(vectors: Tensor, training: Tensor) -> Tensor:
     0 is a copy of a training LoRA at any strength.
     """
     return 1 - (_unit(vectors) @ _unit(training).T).amax(1)
-
-
-def flatten_pictures(values: Tensor) -> Tensor:
-    """[P, Q, ...] -> [P * Q, ...]."""
-    return rearrange(values, "p q ... -> (p q) ...")
 
 
 def _unit(features: Tensor) -> Tensor:

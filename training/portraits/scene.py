@@ -59,12 +59,6 @@ class Scene:
     def to(self, device: torch.device | str) -> Scene:
         return Scene(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
-    def repeat(self, times: int) -> Scene:
-        """Each picture `times` times in a row: [B] -> [B * times]."""
-        return Scene(
-            **{f.name: getattr(self, f.name).repeat_interleave(times, 0) for f in fields(self)}
-        )
-
     def attributes(self, person: int = 0) -> dict[str, Tensor]:
         """Attribute name -> index [B], the person attributes being those of one person."""
         picture = {name: getattr(self, name) for name in PICTURE_ATTRIBUTES}
