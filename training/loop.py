@@ -16,13 +16,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from difflora_core.errors import DiffLoRAError
 
+from .optimizer import build_optimizers
 from .run_config import OptimConfig, RunConfig
 from .run_folder import Checkpoint, RunFolder
 from .run_log import RunLog
@@ -40,7 +40,7 @@ class TrainingDiverged(DiffLoRAError):
 
 
 class Trainer:
-    """AdamW with warm-up and cosine decay, clipping, EMA, autocast and resumable checkpoints."""
+    """AdamW (and Muon): warm-up, cosine decay, clipping, EMA, autocast, resumable checkpoints."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Trainer:
         self.items_per_step = items_per_step
         self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
-        self.optimizer = _adamw(self.parameters, optim)
+        self.optimizers = build_optimizers(modules.values(), optim)
         self.generator = torch.Generator(self.device).manual_seed(run.seed)
         self.shadow = [p.detach().float().clone() for p in self.parameters] if optim.ema else []
         self.step = 0
@@ -109,7 +109,7 @@ class Trainer:
         """Write a checkpoint of the present step."""
         modules = {name: module.state_dict() for name, module in self.modules.items()}
         state = {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
             "shadow": self.shadow,
             "random": self._random_state(),
         }
@@ -132,22 +132,26 @@ class Trainer:
     def _load(self, checkpoint: Checkpoint) -> None:
         for name, module in self.modules.items():
             module.load_state_dict(checkpoint.modules[name])
-        self.optimizer.load_state_dict(checkpoint.state["optimizer"])
+        states = checkpoint.state["optimizers"]
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
         if self.shadow:
             _copy(checkpoint.state["shadow"], self.shadow)
         self._set_random_state(checkpoint.state["random"])
         self.step = checkpoint.step
 
     def _advance(self, step: Step) -> dict[str, Tensor]:
-        self.optimizer.zero_grad(set_to_none=True)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr_at(self.step, self.optim)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * lr_factor(self.step, self.optim)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast()):
             losses = step(self.step)
         losses["loss"].backward()
         if self.optim.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.optim.grad_clip)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         self.step += 1
         self._average()
         return losses
@@ -166,7 +170,7 @@ class Trainer:
 
     def _log(self, log: RunLog, meter: _Meter) -> None:
         figures = meter.read()
-        log.write(self.step, figures | {"lr": lr_at(self.step - 1, self.optim)})
+        log.write(self.step, figures | {"lr": self.optim.lr * lr_factor(self.step - 1, self.optim)})
         if not math.isfinite(figures["loss"]):
             raise TrainingDiverged(
                 f"The loss of {self.folder.name} is {figures['loss']} at step {self.step}.",
@@ -208,13 +212,13 @@ class Trainer:
                 signal.signal(number, handler)
 
 
-def lr_at(step: int, optim: OptimConfig) -> float:
-    """Learning rate of step `step` (0-based): linear warm-up, then half a cosine to `final_lr`."""
+def lr_factor(step: int, optim: OptimConfig) -> float:
+    """Share of the peak learning rate at `step` (0-based): linear warm-up, then half a cosine."""
     if step < optim.warmup:
-        return optim.lr * (step + 1) / optim.warmup
+        return (step + 1) / optim.warmup
     progress = min((step - optim.warmup) / max(optim.steps - optim.warmup, 1), 1.0)
     cosine = (1 + math.cos(math.pi * progress)) / 2
-    return optim.lr * (optim.final_lr + (1 - optim.final_lr) * cosine)
+    return optim.final_lr + (1 - optim.final_lr) * cosine
 
 
 class _Meter:
@@ -242,16 +246,6 @@ class _Meter:
         self.totals: dict[str, Tensor] = {}
         self.steps = 0
         self.start = time.monotonic()
-
-
-def _adamw(parameters: list[nn.Parameter], optim: OptimConfig) -> torch.optim.AdamW:
-    fused = parameters[0].is_cuda
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, fused=fused, foreach=not fused)
 
 
 def _deadline(max_minutes: float) -> float:

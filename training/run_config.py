@@ -36,12 +36,14 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with linear warm-up, cosine decay, gradient clipping and an averaged copy (EMA)."""
+    """AdamW, or Muon beside it: linear warm-up, cosine decay, clipping, averaged copy (EMA)."""
 
     steps: int = 1000
     """Optimiser steps."""
     lr: float = 1e-3
-    """Peak learning rate."""
+    """Peak learning rate of AdamW."""
+    muon_lr: float = 0.0
+    """Peak learning rate of Muon for matrices and convolution kernels; 0 = AdamW for them too."""
     warmup: int = 100
     """Steps of linear warm-up."""
     final_lr: float = 0.01

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from difflora_core.errors import DiffLoRAError
-from training.loop import Interrupted, Trainer, TrainingDiverged, lr_at
+from training.loop import Interrupted, Trainer, TrainingDiverged, lr_factor
 from training.run_config import OptimConfig, RunConfig
 from training.run_folder import RunFolder
 from training.run_log import RunLog, read_csv
@@ -67,8 +67,8 @@ def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     assert second.seen == [4, 5, 6, 7]
     _assert_equal(second.weights(), whole.weights())
     _assert_equal(
-        second.trainer.optimizer.state_dict()["state"][0],
-        whole.trainer.optimizer.state_dict()["state"][0],
+        second.trainer.optimizers[0].state_dict()["state"][0],
+        whole.trainer.optimizers[0].state_dict()["state"][0],
     )
 
 
@@ -132,10 +132,10 @@ def test_ema_follows_its_formula(tmp_path: Path) -> None:
 
 def test_learning_rate_by_hand() -> None:
     optim = OptimConfig(steps=12, lr=2.0, warmup=2, final_lr=0.1)
-    assert lr_at(0, optim) == 1.0
-    assert lr_at(2, optim) == 2.0
-    assert lr_at(7, optim) == pytest.approx(2.0 * (0.1 + 0.9 * 0.5))
-    assert lr_at(12, optim) == pytest.approx(0.2)
+    assert lr_factor(0, optim) == 0.5
+    assert lr_factor(2, optim) == 1.0
+    assert lr_factor(7, optim) == pytest.approx(0.1 + 0.9 * 0.5)
+    assert lr_factor(12, optim) == pytest.approx(0.1)
 
 
 def test_log_keeps_rows_up_to_the_resumed_step(tmp_path: Path) -> None:

@@ -98,16 +98,20 @@ def _uniform(rows: Tensor) -> Tensor:
 
 
 def vae_losses(vae: Vae, batch: Examples, config: VaeConfig) -> dict[str, Tensor]:
-    """L1 on pixels and on their gradients, more on faces, and the KL divergence (all means)."""
+    """Distance of pixels and of their gradients, more on faces, and the KL divergence (means)."""
     target = (batch["images"] * 2 - 1).contiguous(memory_format=torch.channels_last)
     posterior = vae.encode(target).latent_dist
     painted = vae.decode(posterior.sample()).sample.float()
     weight = 1 + config.face_weight * batch["faces"]
-    pixels = ((painted - target).abs().mean(1) * weight).mean() / weight.mean()
-    edges = sum(_edge_loss(painted, target, weight, axis) for axis in (2, 3))
+    error = painted - target
+    distance = error.square() if config.pixel_loss == "mse" else error.abs()
+    pixels = (distance.mean(1) * weight).mean() / weight.mean()
     kl = posterior.kl().mean() / posterior.mean[0].numel()
-    loss = pixels + config.edge_weight * edges + config.kl_weight * kl
-    return {"loss": loss, "pixels": pixels, "edges": torch.as_tensor(edges), "kl": kl}
+    losses = {"pixels": pixels, "kl": kl}
+    if config.edge_weight:
+        losses["edges"] = _edge_loss(error, weight, 2) + _edge_loss(error, weight, 3)
+    loss = pixels + config.edge_weight * losses.get("edges", 0.0) + config.kl_weight * kl
+    return {"loss": loss} | losses
 
 
 def face_pixels(drawn: Portraits) -> Tensor:
@@ -120,10 +124,11 @@ def face_pixels(drawn: Portraits) -> Tensor:
     return (across[:, :, None, :] & down[:, :, :, None]).any(1).float()
 
 
-def _edge_loss(painted: Tensor, target: Tensor, weight: Tensor, axis: int) -> Tensor:
-    error = (painted.diff(dim=axis) - target.diff(dim=axis)).abs().mean(1)
+def _edge_loss(error: Tensor, weight: Tensor, axis: int) -> Tensor:
+    """L1 of the gradient of the error along an axis of [B, C, H, W]; weight [B, H, W]."""
+    slope = error.diff(dim=axis).abs().mean(1)
     weight = weight.narrow(axis - 1, 1, weight.shape[axis - 1] - 1)
-    return (error * weight).mean() / weight.mean()
+    return (slope * weight).mean() / weight.mean()
 
 
 @torch.no_grad()

@@ -7,13 +7,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .canvas import Canvas, circle, soft, wide
+from .canvas import Canvas, blur, circle, soft, wide
 from .vocabulary import BACKGROUNDS, PLAIN_COLOURS
 
 WALLS = (
     (0.8, 0.22, 0.22), (0.25, 0.45, 0.82), (0.3, 0.64, 0.38), (0.94, 0.84, 0.36),
     (0.56, 0.36, 0.72), (0.55, 0.56, 0.58), (0.94, 0.94, 0.93),
 )  # fmt: skip
+
+
+#: blur of places in units, as behind a portrait lens: faces are what the models shall spend on
+_OUT_OF_FOCUS = 2
 
 
 def draw_background(canvas: Canvas, background: Tensor, texture: Tensor) -> None:
@@ -27,6 +31,8 @@ def draw_background(canvas: Canvas, background: Tensor, texture: Tensor) -> None
                 _wall(part, WALLS[i], t)
             else:
                 PLACES[name](part, t)
+                radius = max(1, round(_OUT_OF_FOCUS * part.pixel))
+                part.image = blur(blur(part.image, radius), radius)
             canvas.put_rows(index, part)
 
 

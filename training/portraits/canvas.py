@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 UNITS = 128.0
@@ -84,6 +85,12 @@ class Window(Canvas):
 
 def _pick(axis: Tensor, index: Tensor) -> Tensor:
     return axis if axis.shape[0] == 1 else axis[index]
+
+
+def blur(image: Tensor, radius: int) -> Tensor:
+    """Mean over squares of 2 * radius + 1 pixels, [B, C, H, W] -> [B, C, H, W]."""
+    padded = F.pad(image, (radius,) * 4, mode="replicate")
+    return F.avg_pool2d(padded, 2 * radius + 1, stride=1)
 
 
 def wide(value: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .canvas import Canvas, wide
+from .canvas import Canvas, blur, wide
 from .vocabulary import STYLES
 
 _LUMA = (0.299, 0.587, 0.114)
@@ -30,12 +30,6 @@ def luminance(image: Tensor) -> Tensor:
     """[B, 3, H, W] -> [B, H, W]."""
     weights = torch.tensor(_LUMA, device=image.device)
     return (image * weights[:, None, None]).sum(1)
-
-
-def _blur(image: Tensor, radius: int) -> Tensor:
-    size = 2 * radius + 1
-    padded = F.pad(image, (radius,) * 4, mode="replicate")
-    return F.avg_pool2d(padded, size, stride=1)
 
 
 def _edges(grey: Tensor) -> Tensor:
@@ -65,7 +59,7 @@ def _sketch(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
     line = (_edges(grey) * 1.3 - 0.12).clamp(0, 0.92)
     phase = 6.28 * wide(texture[:, 6])
     hatch = 0.5 + 0.5 * torch.sin((c.x + c.y) * 1.5 + phase)
-    tone = (0.62 - grey).clamp(0, 1) * (0.55 + 0.75 * hatch)
+    tone = (0.62 - grey).clamp(0, 1) * (0.75 + 0.35 * hatch)
     ink = (line + tone * 1.05).clamp(0, 0.92)
     paper = torch.tensor([0.97, 0.96, 0.92], device=grey.device)[:, None, None]
     return paper * (1 - ink[:, None]) + 0.1 * ink[:, None]
@@ -89,7 +83,7 @@ def _painting(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
 
 
 def _cartoon(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
-    smooth = _blur(c.image, 1)
+    smooth = blur(c.image, 1)
     grey = smooth.mean(1, keepdim=True)
     vivid = grey + (smooth - grey) * 1.25
     flat = torch.lerp(vivid, torch.floor(vivid * 5 + 0.5) / 5, 0.75)
