@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import BadWeightsFile
 from ..mini_world import MINI_FOLDER
+from ..shell import check_free
 
 if TYPE_CHECKING:
     from ..features import Features
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> dict:
     from ..weights_file import write_lora
 
     begin = time.perf_counter()
-    _check_free(args.out, args.overwrite)
+    check_free(args.out, args.overwrite)
     predictor = Predictor.open(args.predictor)
     loaded = time.perf_counter()
     features = _features(args, predictor)
@@ -95,14 +95,6 @@ def describe(report: dict) -> str:
     if report["candidates"] > 1:
         lines.append(f"  candidates   {report['candidates']}, spread {report['spread']:.2f}")
     return "\n".join(lines)
-
-
-def _check_free(path: Path, overwrite: bool) -> None:
-    """Before any work: the file must be writable under that name. Errors: BadWeightsFile."""
-    if path.suffix != ".safetensors":
-        raise BadWeightsFile(f"{path.name} must end in .safetensors.")
-    if path.exists() and not overwrite:
-        raise BadWeightsFile(f"{path} exists already.", hint="Choose another name or --overwrite.")
 
 
 def _features(args: argparse.Namespace, predictor: Predictor) -> Features:

@@ -1,0 +1,77 @@
+"""What the shell commands share: a line of progress, names in errors, free places for results."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from .errors import BadWeightsFile, DiffLoRAError
+
+if TYPE_CHECKING:
+    from .lora_reading import LoraReading
+
+BAR = 30
+
+Progress = Callable[[int, int], None]
+
+
+@contextmanager
+def progress_line(label: str, stream: TextIO | None = None) -> Iterator[Progress]:
+    """A callback (done, in all) that redraws one line on stderr; the line is gone afterwards.
+
+    Draws on a terminal only, and only when the percentage changes.
+    """
+    out = sys.stderr if stream is None else stream
+    if not out.isatty():
+        yield lambda _done, _in_all: None
+        return
+    drawn = ""
+
+    def draw(done: int, in_all: int) -> None:
+        nonlocal drawn
+        text = _line(label, done, in_all)
+        if text != drawn:
+            out.write(f"\r{text}")
+            out.flush()
+            drawn = text
+
+    try:
+        yield draw
+    finally:
+        out.write("\r" + " " * len(drawn) + "\r")
+        out.flush()
+
+
+def _line(label: str, done: int, in_all: int) -> str:
+    share = min(1.0, done / in_all) if in_all else 1.0
+    return f"{label} [{'#' * round(share * BAR):.<{BAR}}] {share:4.0%}"
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Begin the sentence of a user error with the name of the file, where it is not in there."""
+    try:
+        yield
+    except DiffLoRAError as error:
+        if path.name in error.message:
+            raise
+        raise type(error)(f"{path.name}: {error.message}", hint=error.hint) from error
+
+
+def open_input(path: Path) -> LoraReading:
+    """A LoRA of any model whose layers are read when they are needed. Errors name the file."""
+    from .weights_file import open_lora
+
+    with naming(path):
+        return open_lora(path, lazy=True, any_model=True)
+
+
+def check_free(path: Path, overwrite: bool) -> None:
+    """Before any work: the file must be writable under that name. Errors: BadWeightsFile."""
+    if path.suffix != ".safetensors":
+        raise BadWeightsFile(f"{path.name} must end in .safetensors.")
+    if path.exists() and not overwrite:
+        raise BadWeightsFile(f"{path} exists already.", hint="Choose another name or --overwrite.")
