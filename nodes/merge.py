@@ -91,7 +91,7 @@ class MergeLoras(io.ComfyNode):
                 io.String.Input(
                     "weights",
                     default="",
-                    tooltip="One weight per LoRA, such as 1, 0.5, -0.3. Empty: all 1.",
+                    tooltip="One weight per LoRA, such as 1, 0.5, -0.3. Empty: all alike.",
                 ),
                 io.Combo.Input(
                     "method", options=list(METHODS), default="average", tooltip=method_tooltip()
@@ -110,7 +110,7 @@ class MergeLoras(io.ComfyNode):
                     min=0.0,
                     max=100.0,
                     step=0.05,
-                    tooltip="Scale the weights to this sum; 0 leaves them as they are.",
+                    tooltip="Scale the weights to this sum; 0 leaves it to the method.",
                 ),
                 io.Float.Input(
                     "density",
@@ -119,7 +119,7 @@ class MergeLoras(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     optional=True,
-                    tooltip="Share of the values that ties, dare and della keep.",
+                    tooltip="Share of the values to keep: for ties, dare, della, knots and core_space.",
                     extra_dict=ADVANCED,
                 ),
                 io.Int.Input(

@@ -45,9 +45,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         metavar="FACTORS",
         help='factors per block, one entry per LoRA: "unet.mid_block=0.5", a file, or - for none',
     )
-    parser.add_argument(
-        "--density", type=float, default=0.5, help="share kept by ties, dare, della"
-    )
+    parser.add_argument("--density", type=float, default=0.5, help="share that ties etc. keep")
     parser.add_argument("--seed", type=int, default=0, help="of the methods that draw at random")
     resize.add_result_arguments(parser)
     return parser

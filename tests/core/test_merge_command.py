@@ -1,0 +1,204 @@
+"""The shell commands `merge`, `resize` and `compare`, run as users run them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from difflora_core.__main__ import main
+from difflora_core.header import LoraHeader
+from difflora_core.weights_file import read_lora, write_lora
+from tests.core.lora_samples import attention_lora
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    """Three LoRAs for the mini model, of ranks 4, 2 and 3."""
+    paths = []
+    for seed, (name, rank) in enumerate({"anna": 4, "ben": 2, "cleo": 3}.items()):
+        path = tmp_path / f"{name}.safetensors"
+        header = LoraHeader(title=f"{name}'s face", base="mini", trigger=f"sks {name}")
+        lora = attention_lora("mini", rank=rank, scale=0.5, seed=seed)
+        write_lora(lora, path, header, dtype=torch.float32)
+        paths.append(str(path))
+    return paths
+
+
+def deltas(path: str | Path) -> dict[str, torch.Tensor]:
+    return {layer.name: layer.delta() for layer in read_lora(path)}
+
+
+def done(arguments: list[str], capsys: Any) -> dict:
+    code = main([*arguments, "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert code == 0, report
+    return report
+
+
+def refused(arguments: list[str], capsys: Any) -> str:
+    assert main([*arguments, "--json"]) == 2
+    report = json.loads(capsys.readouterr().out)
+    assert set(report) == {"error", "hint"}
+    return f"{report['error']} {report['hint']}"
+
+
+def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def test_merge_without_settings_is_the_exact_mean(files: list[str], tmp_path: Path, capsys) -> None:
+    out = tmp_path / "new" / "both.safetensors"
+    report = done(["merge", *files, "--dtype", "fp32", "--out", str(out)], capsys)
+    sources, result = [deltas(file) for file in files], deltas(out)
+    for name, delta in result.items():
+        assert relative(delta, sum(s[name] for s in sources) / 3) < 1e-5
+    assert report["file"] == str(out) and report["method"] == "average"
+    assert report["layers"] == 56 and report["ranks"] == {"9": 56}
+    assert [entry["title"] for entry in report["inputs"]] == ["anna", "ben", "cleo"]
+    assert report["bytes"] == out.stat().st_size
+    assert report["error"] < 1e-5
+
+
+def test_weights_and_blocks(files: list[str], tmp_path: Path, capsys) -> None:
+    out, table = tmp_path / "both.safetensors", tmp_path / "blocks.txt"
+    table.write_text("unet.mid_block=0.5\nunet.up_blocks.1=0", encoding="utf-8")
+    arguments = ["merge", *files[:2], "--weights", "0.7", "-0.2", "--method", "sum"]
+    arguments += ["--blocks", str(table), "-", "--dtype", "fp32", "--out", str(out)]
+    done(arguments, capsys)
+    one, two, result = deltas(files[0]), deltas(files[1]), deltas(out)
+    factors = {"unet.mid_block": 0.5, "unet.up_blocks.1": 0.0}
+    for name, delta in result.items():
+        factor = next((f for block, f in factors.items() if name.startswith(block)), 1.0)
+        assert relative(delta, 0.7 * factor * one[name] - 0.2 * two[name]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "limit", [["--rank", "4"], ["--energy", "0.9"], ["--error", "0.3"], ["--megabytes", "0.1"]]
+)
+def test_limits_make_the_file_smaller(
+    limit: list[str], files: list[str], tmp_path: Path, capsys
+) -> None:
+    exact, small = tmp_path / "exact.safetensors", tmp_path / "small.safetensors"
+    done(["merge", *files, "--out", str(exact)], capsys)
+    report = done(["merge", *files, *limit, "--out", str(small)], capsys)
+    assert small.stat().st_size < exact.stat().st_size
+    assert 0 < report["energy"] < 1 and 0 < report["error"] < 1
+    whole, result = deltas(exact), deltas(small)
+    squares = [(float((result[n] - whole[n]).norm()), float(whole[n].norm())) for n in whole]
+    lost = sum(error**2 for error, _ in squares) / sum(norm**2 for _, norm in squares)
+    assert report["error"] == pytest.approx(lost**0.5, rel=0.02)
+
+
+def test_header_names_what_went_in(files: list[str], tmp_path: Path, capsys) -> None:
+    out = tmp_path / "both.safetensors"
+    done(["merge", *files, "--weights", "1", "2", "3", "--title", "Us", "--out", str(out)], capsys)
+    header = read_lora(out).metadata
+    assert header["modelspec.title"] == "Us"
+    assert header["ss_base_model_version"] == "difflora_mini"
+    text = json.dumps(dict(header))
+    for file in files:
+        source = read_lora(file).metadata
+        assert Path(file).stem in header["modelspec.merged_from"]
+        assert source["modelspec.trigger_phrase"] in text
+        assert source["modelspec.hash_sha256"].removeprefix("0x") in text
+    assert str(tmp_path) not in text
+
+
+def test_sweep_writes_a_file_per_total(files: list[str], tmp_path: Path, capsys) -> None:
+    out = tmp_path / "both.safetensors"
+    arguments = ["merge", *files[:2], "--method", "sum", "--sweep", "0.5:1.5:3", "--dtype", "fp32"]
+    report = done([*arguments, "--out", str(out)], capsys)
+    assert [entry["total"] for entry in report["sweep"]] == [0.5, 1.0, 1.5]
+    names = ["both_0.5", "both_1", "both_1.5"]
+    assert [Path(entry["file"]).stem for entry in report["sweep"]] == names
+    assert not out.exists()
+    low, high = (deltas(tmp_path / f"{name}.safetensors") for name in ("both_0.5", "both_1.5"))
+    assert all(relative(3 * low[name], high[name]) < 1e-5 for name in low)
+
+
+def test_sweep_checks_all_names_first(files: list[str], tmp_path: Path, capsys) -> None:
+    (tmp_path / "both_1.5.safetensors").touch()
+    out = str(tmp_path / "both.safetensors")
+    text = refused(["merge", *files, "--sweep", "0.5:1.5:3", "--out", out], capsys)
+    assert "both_1.5.safetensors exists already" in text
+    assert not (tmp_path / "both_0.5.safetensors").exists()
+
+
+def test_resize_keeps_the_header(files: list[str], tmp_path: Path, capsys) -> None:
+    out = tmp_path / "small.safetensors"
+    report = done(["resize", files[0], "--rank", "2", "--out", str(out)], capsys)
+    whole, result = deltas(files[0]), deltas(out)
+    for name, delta in whole.items():
+        best = torch.linalg.svdvals(delta)[2:].norm() / delta.norm()
+        assert relative(result[name], delta) == pytest.approx(float(best), rel=0.02)
+    assert report["ranks"] == {"2": 56}
+    header = read_lora(out).metadata
+    assert header["modelspec.trigger_phrase"] == "sks anna"
+    assert header["ss_network_dim"] == "2"
+    assert header["modelspec.hash_sha256"] != read_lora(files[0]).metadata["modelspec.hash_sha256"]
+
+
+def test_compare_draws_and_counts(files: list[str], tmp_path: Path, capsys) -> None:
+    picture = tmp_path / "pictures" / "map.png"
+    report = done(["compare", files[0], files[0], files[1], "--picture", str(picture)], capsys)
+    assert report["titles"] == ["anna 1", "anna 2", "ben"]
+    cosine = report["total_cosine"]
+    assert cosine[0][1] == pytest.approx(1, abs=1e-5) and abs(cosine[0][2]) < 0.1
+    with Image.open(picture) as image:
+        assert min(image.size) > 100
+    text = refused(["compare", *files, "--picture", str(picture)], capsys)
+    assert "exists already" in text
+
+
+@pytest.mark.parametrize("command", ["merge", "resize", "compare"])
+def test_reports_for_people(command: str, files: list[str], tmp_path: Path, capsys) -> None:
+    out = ["--out", str(tmp_path / "out.safetensors")] if command != "compare" else []
+    given = files[:1] if command == "resize" else files
+    assert main([command, *given, *out]) == 0
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) >= 4 and captured.err == ""
+    assert ("anna" in captured.out) or command == "resize"
+
+
+WRONG = {
+    "no such method": (["--method", "magic"], "'magic' is no method"),
+    "weights": (["--weights", "1"], "1 weights were given for 3 LoRAs"),
+    "no number": (["--weights", "a"], "invalid float value"),
+    "two limits": (["--rank", "2", "--energy", "0.5"], "not allowed with"),
+    "rank": (["--rank", "0"], "rank of 0"),
+    "energy": (["--energy", "99"], "energy 99"),
+    "size": (["--megabytes", "0.001"], "too few"),
+    "sweep": (["--sweep", "1"], "no sweep"),
+    "blocks": (["--blocks", "x", "-", "-"], "no factor of a block"),
+    "unknown block": (["--blocks", "unet.basement=1", "-", "-"], "unet.basement"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "says"), WRONG.values(), ids=WRONG)
+def test_wrong_settings_are_explained(
+    arguments: list[str], says: str, files: list[str], tmp_path: Path, capsys
+) -> None:
+    out = tmp_path / "out.safetensors"
+    assert says in refused(["merge", *files, *arguments, "--out", str(out)], capsys)
+    assert not out.exists() and not list(tmp_path.glob(".*"))
+
+
+def test_wrong_files_are_named(files: list[str], tmp_path: Path, capsys) -> None:
+    other, broken = tmp_path / "other.safetensors", tmp_path / "broken.safetensors"
+    write_lora(attention_lora("sd15", rank=1), other, LoraHeader(title="other", base="sd15"))
+    broken.write_bytes(Path(files[0]).read_bytes()[:3000])
+    for wrong, says in ((other, "sd15"), (broken, "broken.safetensors"), ("gone", "gone")):
+        arguments = [*files, str(wrong)]
+        merging = ["merge", *arguments, "--out", str(tmp_path / "out.safetensors")]
+        assert says in refused(merging, capsys)
+        assert says in refused(["compare", *arguments], capsys)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_one_file_cannot_be_compared(files: list[str], capsys) -> None:
+    assert "cannot be compared" in refused(["compare", files[0]], capsys)
