@@ -1,0 +1,112 @@
+"""The largest singular values of a matrix that is too wide for its Gram matrix to be cheap."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: columns beyond the wanted ones in every block
+_EXTRA = 8
+#: blocks between two looks at the result
+_BLOCKS = 2
+#: the iteration ends when a look finds this share of the remaining energy or less
+_GAIN = 1e-5
+#: from this share of the smaller side on, a full decomposition is cheaper
+_SHARE = 0.4
+
+Singular = tuple[Tensor, Tensor, Tensor]
+"""u [out, k], sigma [k] descending, vt [k, in]; float64"""
+
+
+def top_singular(matrix: Tensor, rank: int, seed: int = 0) -> Singular:
+    """The `rank` largest singular values of a matrix [out, in] with their vectors.
+
+    Randomised block Krylov iteration (Musco and Musco 2015, algorithm 2) with orthogonalised
+    blocks; it goes on until the captured energy stands still, so a flat spectrum takes longer
+    instead of giving a worse answer. Small matrices and large ranks are decomposed in full.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        u, sigma, vt = top_singular(matrix.mT, rank, seed)
+        return vt.mT, sigma, u.mT
+    return _krylov(matrix, rank, seed) or _full(matrix, rank)
+
+
+def _krylov(matrix: Tensor, rank: int, seed: int) -> Singular | None:
+    """None when the basis would outgrow its use."""
+    width, most = rank + _EXTRA, int(_SHARE * matrix.shape[0])
+    if 3 * width > most:
+        return None
+    total = float(matrix.square().sum())
+    space = _Krylov(matrix, most)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(matrix.shape[1], width, generator=generator).to(matrix)
+    space.add(matrix @ noise)
+    captured = -1.0
+    while space.size + _BLOCKS * width <= most:
+        for _ in range(_BLOCKS):
+            space.add(matrix @ space.images[:, space.size - width : space.size])
+        squares, vectors = torch.linalg.eigh(space.gram[: space.size, : space.size])
+        energy = float(squares[-rank:].sum())
+        if energy - captured <= _GAIN * (total - energy) + 1e-12 * total:
+            return space.singular(squares.flip(-1)[:rank], vectors.flip(-1)[:, :rank])
+        captured = energy
+    return None
+
+
+class _Krylov:
+    """An orthonormal basis [out, p], its images matrix^T basis [in, p] and their Gram matrix."""
+
+    def __init__(self, matrix: Tensor, most: int) -> None:
+        rows, columns = matrix.shape
+        self.matrix, self.size = matrix, 0
+        self.basis, self.images = matrix.new_empty(rows, most), matrix.new_empty(columns, most)
+        self.exact_images = matrix.new_empty(columns, most, dtype=torch.float64)
+        self.gram = matrix.new_zeros(most, most, dtype=torch.float64)
+
+    def add(self, block: Tensor) -> None:
+        """Widen the basis by the part of a block [out, l] outside it."""
+        old, new = slice(self.size), slice(self.size, self.size + block.shape[1])
+        for _ in range(2 if self.size else 1):  # once is not enough in single precision
+            basis = self.basis[:, old]
+            block = _orthonormal(block - basis @ (basis.mT @ block))
+        self.basis[:, new] = block
+        self.images[:, new] = self.matrix.mT @ block
+        self.exact_images[:, new] = self.images[:, new]
+        self.size = new.stop
+        seen = self.exact_images[:, : self.size]
+        self.gram[: self.size, new] = seen.mT @ seen[:, new]
+        self.gram[new, : self.size] = self.gram[: self.size, new].mT
+
+    def singular(self, squares: Tensor, top: Tensor) -> Singular:
+        """Ritz values and vectors from eigenpairs of the Gram matrix (top [p, k])."""
+        sigma = squares.clamp_min(0).sqrt()
+        left = self.basis[:, : self.size].double() @ top
+        return left, sigma, _rows((self.exact_images[:, : self.size] @ top).mT, sigma)
+
+
+def _full(matrix: Tensor, rank: int) -> Singular:
+    """By the Gram matrix of the smaller side, [out, out]."""
+    matrix = matrix.double()
+    squares, vectors = torch.linalg.eigh(matrix @ matrix.mT)
+    u = vectors.flip(-1)[:, :rank]
+    sigma = squares.flip(-1)[:rank].clamp_min(0).sqrt()
+    return u, sigma, _rows(u.mT @ matrix, sigma)
+
+
+def _orthonormal(block: Tensor) -> Tensor:
+    """Cholesky QR: on a tall block several times as fast as Householder QR, the fallback."""
+    lower, failed = torch.linalg.cholesky_ex(_gram(block))
+    pivots = lower.diagonal()
+    if bool(failed) or float(pivots.min()) < 1e-6 * float(pivots.max()):
+        return torch.linalg.qr(block)[0]
+    return torch.linalg.solve_triangular(lower.mT, block.double(), upper=True, left=False).to(block)
+
+
+def _gram(columns: Tensor) -> Tensor:
+    columns = columns.double()
+    return columns.mT @ columns
+
+
+def _rows(scaled: Tensor, sigma: Tensor) -> Tensor:
+    """sigma v^T -> v^T; rows of a vanishing sigma stay what they are, nearly zero."""
+    return scaled / torch.where(sigma > 0, sigma, 1.0).unsqueeze(1)

@@ -1,0 +1,20 @@
+"""The exact mean of the differences: SELMA's merge.
+
+Li et al. 2024, "SELMA", section 3.4, as its released code means it (adapters with equal weights on
+the layer's output): sum_i w_i B_i A_i with weights of sum 1. Independent of how the inputs were
+factored and of their ranks; the exact result has rank sum r_i.
+"""
+
+from __future__ import annotations
+
+from ..stack import Options, Product, Stack
+from .method import Method
+
+
+def merge(stack: Stack, options: Options) -> Product:
+    return stack.weighted_sum()
+
+
+METHOD = Method(
+    "average", "Exact mean of the differences; weights are ratios (SELMA).", merge, linear=True
+)

@@ -1,0 +1,26 @@
+"""DARE (Yu et al. 2024, arXiv 2311.03099): drop entries at random, rescale the rest, average.
+
+Works on single entries, so it depends on the basis of the weights, as published, and not on how
+the LoRAs are factored. Seeded per layer: equal seeds give equal files.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..stack import Options, Stack
+from .elections import generator_for
+from .method import Method
+
+
+def merge(stack: Stack, options: Options) -> Tensor:
+    deltas = stack.deltas()
+    generator = generator_for(options.seed, stack.name, deltas.device)
+    kept = torch.rand(deltas.shape, generator=generator, device=deltas.device) < options.density
+    return (deltas * kept * stack.weight_tensor()).sum(0) / options.density
+
+
+METHOD = Method(
+    "dare", "Drop entries at random, rescale the rest, average.", merge, uses_density=True
+)

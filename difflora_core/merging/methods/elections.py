@@ -1,0 +1,38 @@
+"""Steps that TIES, DELLA, KnOTS and the core-space merge share, on tensors [T, rows, columns]."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def trim(values: Tensor, density: float) -> Tensor:
+    """Zero all but the largest share `density` of each input's entries, by magnitude."""
+    if density >= 1:
+        return values
+    flat = values.abs().flatten(1)
+    kept = max(1, round(density * flat.shape[1]))
+    limit = flat.kthvalue(flat.shape[1] - kept + 1, dim=1).values[:, None, None]
+    return torch.where(values.abs() >= limit, values, 0.0)
+
+
+def elect(values: Tensor, weights: Tensor) -> Tensor:
+    """Disjoint mean: every entry is the weighted mean of those inputs that share its elected sign.
+
+    The sign of an entry is that of the weighted sum (Yadav et al. 2023, "TIES-Merging",
+    algorithm 1). The mean is multiplied by the sum of the weights. [T, ...] -> [...].
+    """
+    weighted = values * weights
+    sign = weighted.sum(0).sign()
+    agree = (weighted.sign() == sign) & (sign != 0)
+    mass = torch.where(agree, weights.abs(), 0.0).sum(0)
+    mean = torch.where(agree, weighted, 0.0).sum(0) / torch.where(mass > 0, mass, 1.0)
+    return mean * weights.abs().sum()
+
+
+def generator_for(seed: int, name: str, device: torch.device) -> torch.Generator:
+    """Random numbers of one layer, whatever the order of layers."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))

@@ -1,0 +1,423 @@
+"""Merging against dense float64 arithmetic, on random shapes, ranks, scales and number formats."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from difflora_core.errors import BadConfig, LayoutMismatch
+from difflora_core.lora import Lora, LoraLayer, Naming
+from difflora_core.merging import (
+    METHODS,
+    MergeInput,
+    MergeSettings,
+    RankRule,
+    merge,
+    merge_header,
+    resize,
+    truncate_dense,
+)
+
+#: methods whose exact result has full rank
+DENSE = {"ties", "dare", "della"}
+#: merges of X with X that are not X: see their docstrings
+NOT_IDEMPOTENT = {"iso_c", "sum", "concat", "svd"}
+SHAPES = [(24, 17), (40, 96), (64, 64), (12, 8, 3, 3), (30, 20, 1, 1)]
+NAMES = [f"lora_unet_double_blocks_{i}_linear" for i in range(len(SHAPES))]
+FOREIGN = Naming("Flux, kohya names", "kohya")
+
+
+def random_lora(seed: int, dtype: torch.dtype = torch.float32, decay: float = 0.0) -> Lora:
+    """Random ranks and scales on every shape, of a model without a module table."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = {}
+    for name, (out, *inner) in zip(NAMES, SHAPES, strict=True):
+        rank = int(torch.randint(1, 9, (1,), generator=generator))
+        fade = torch.logspace(0, -decay, rank)
+        down = torch.randn(rank, *inner, generator=generator).to(dtype)
+        up = torch.randn(out, rank, generator=generator) * fade
+        up = up.view(out, rank, *(1,) * (len(inner) - 1)).to(dtype)
+        scale = float(torch.rand(1, generator=generator)) * 2 + 0.05
+        layers[name] = LoraLayer(name, down, up, scale)
+    return Lora(layers, naming=FOREIGN)
+
+
+def inputs_of(loras: Sequence[Lora], weights: Sequence[float] | None = None) -> list[MergeInput]:
+    weights = weights or [1.0] * len(loras)
+    return [
+        MergeInput(x, f"lora {i}", w) for i, (x, w) in enumerate(zip(loras, weights, strict=True))
+    ]
+
+
+def dense(layer: LoraLayer) -> Tensor:
+    """The difference in float64, as a matrix."""
+    return layer.up.double().flatten(1) @ layer.down.double().flatten(1) * layer.scale
+
+
+def dense_sum(loras: Sequence[Lora], weights: Sequence[float], name: str) -> Tensor:
+    return torch.stack(
+        [w * dense(x.layers[name]) for x, w in zip(loras, weights, strict=True)]
+    ).sum(0)
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def best_error(matrix: Tensor, rank: int) -> float:
+    sigma = torch.linalg.svdvals(matrix)
+    return float(sigma[rank:].norm() / sigma.norm())
+
+
+def refactored(lora: Lora, seed: int) -> Lora:
+    """The same LoRA with other factors: (B G, G^-1 A) with a well-conditioned random G."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = {}
+    for layer in lora:
+        rank = layer.rank
+        g = torch.randn(rank, rank, generator=generator, dtype=torch.float64)
+        g = torch.linalg.qr(g)[0] * torch.logspace(-1, 1, rank, dtype=torch.float64)
+        up = (layer.up.double().flatten(1) @ g).view(layer.up.shape)
+        down = torch.linalg.solve(g, layer.down.double().flatten(1)).view(layer.down.shape)
+        layers[layer.name] = LoraLayer(layer.name, down, up, layer.scale)
+    return Lora(layers, naming=lora.naming)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(5))
+def test_average_and_sum_equal_the_dense_result(seed: int, dtype: torch.dtype) -> None:
+    loras = [random_lora(10 * seed + i, dtype) for i in range(2 + seed % 3)]
+    weights = [0.7, -0.4, 1.3, 0.2][: len(loras)]
+    shares = [w / sum(weights) for w in weights]
+    for method, expected in (("average", shares), ("sum", weights), ("concat", weights)):
+        merged = merge(inputs_of(loras, weights), MergeSettings(method))
+        for layer in merged.lora:
+            assert distance(dense(layer), dense_sum(loras, expected, layer.name)) < 1e-5
+            assert layer.rank <= min(dense(layer).shape)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8, 20])
+@pytest.mark.parametrize("decay", [0.0, 3.0])
+def test_truncation_is_as_good_as_the_dense_optimum(rank: int, decay: float) -> None:
+    loras = [random_lora(i, decay=decay) for i in range(4)]
+    merged = merge(inputs_of(loras), MergeSettings("sum", RankRule(rank=rank)))
+    for layer in merged.lora:
+        exact = dense_sum(loras, [1.0] * 4, layer.name)
+        error = distance(dense(layer), exact)
+        assert layer.rank <= rank
+        assert error == pytest.approx(best_error(exact, rank), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_certificate_is_the_true_error(method: str, dtype: torch.dtype) -> None:
+    loras = [random_lora(i) for i in range(2)]
+    settings = MergeSettings(method, density=0.6, seed=3)
+    everything = RankRule(rank=999) if method in DENSE else RankRule()
+    full = merge(inputs_of(loras), settings_with(settings, everything, torch.float64))
+    rule = RankRule() if method == "concat" else RankRule(rank=3)
+    limited = merge(inputs_of(loras), settings_with(settings, rule, dtype))
+    if method == "iso_c":
+        full = merge(inputs_of(loras), settings_with(settings, rule, torch.float64))
+    for name, certificate in limited.certificates.items():
+        exact = dense(full.lora.layers[name])
+        if method == "svd":
+            exact = dense_sum(loras, [1.0, 1.0], name)
+        true = distance(dense(limited.lora.layers[name]), exact)
+        assert certificate.error == pytest.approx(true, rel=1e-3, abs=2e-6)
+        assert certificate.rank == limited.lora.layers[name].rank
+        assert certificate.norm == pytest.approx(float(exact.norm()), rel=1e-5)
+
+
+def settings_with(settings: MergeSettings, rule: RankRule, dtype: torch.dtype) -> MergeSettings:
+    return MergeSettings(
+        settings.method, rule, density=settings.density, seed=settings.seed, dtype=dtype
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_result_does_not_depend_on_how_inputs_are_factored(method: str, seed: int) -> None:
+    loras = [random_lora(20 + 2 * seed + i) for i in range(2)]
+    others = [refactored(lora, 7 + i) for i, lora in enumerate(loras)]
+    settings = MergeSettings(method, density=0.7, seed=1, rule=rule_for(method))
+    a, b = merge(inputs_of(loras), settings), merge(inputs_of(others), settings)
+    for name in NAMES:
+        assert distance(dense(b.lora.layers[name]), dense(a.lora.layers[name])) < 2e-4
+
+
+def rule_for(method: str) -> RankRule:
+    return RankRule() if method == "concat" else RankRule(rank=4)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in NOT_IDEMPOTENT])
+def test_merging_a_lora_with_itself_gives_it_back(method: str) -> None:
+    lora = random_lora(5)
+    merged = merge(inputs_of([lora, lora]), MergeSettings(method))
+    for layer in merged.lora:
+        assert distance(dense(layer), dense(lora.layers[layer.name])) < 1e-5
+        assert layer.rank <= 2 * lora.layers[layer.name].rank
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("slerp", "dare", "della")])
+def test_the_order_of_inputs_does_not_matter(method: str) -> None:
+    loras, weights = [random_lora(30 + i) for i in range(3)], [0.5, 1.0, 0.8]
+    settings = MergeSettings(method, density=0.6, rule=rule_for(method))
+    a = merge(inputs_of(loras, weights), settings)
+    b = merge(inputs_of(loras[::-1], weights[::-1]), settings)
+    for name in NAMES:
+        assert distance(dense(b.lora.layers[name]), dense(a.lora.layers[name])) < 1e-4
+
+
+def test_slerp_keeps_the_norm_between_two_directions() -> None:
+    a, b = random_lora(1), random_lora(2)
+    both = merge(inputs_of([a, b], [0.25, 0.75]), MergeSettings("slerp"))
+    name = NAMES[2]
+    x, y, z = (dense(lora.layers[name]) for lora in (a, b, both.lora))
+    angle = math.acos(float((x * y).sum() / (x.norm() * y.norm())))
+    expected = (math.sin(0.25 * angle) * x + math.sin(0.75 * angle) * y) / math.sin(angle)
+    assert distance(z, expected) < 1e-5
+    swapped = merge(inputs_of([b, a], [0.75, 0.25]), MergeSettings("slerp"))
+    assert distance(dense(swapped.lora.layers[name]), z) < 1e-5
+
+
+def ties_by_hand(deltas: Tensor, weights: Sequence[float], density: float) -> Tensor:
+    """TIES entry by entry, in plain Python."""
+    trimmed = []
+    for delta in deltas:
+        kept = max(1, round(density * delta.numel()))
+        limit = delta.abs().flatten().sort(descending=True).values[kept - 1]
+        trimmed.append([float(v) if abs(v) >= limit else 0.0 for v in delta.flatten()])
+    out = []
+    for values in zip(*trimmed, strict=True):
+        sign = math.copysign(1, sum(w * v for w, v in zip(weights, values, strict=True)))
+        agreeing = [(w, v) for w, v in zip(weights, values, strict=True) if w * v * sign > 0]
+        mass = sum(abs(w) for w, _ in agreeing)
+        out.append(sum(w * v for w, v in agreeing) / mass if mass else 0.0)
+    return torch.tensor(out).view(deltas.shape[1:]) * sum(map(abs, weights))
+
+
+def test_ties_agrees_with_the_algorithm_by_hand() -> None:
+    loras = [random_lora(50 + i) for i in range(3)]
+    merged = merge(
+        inputs_of(loras, [1, 2, 1]), MergeSettings("ties", RankRule(rank=99), density=0.4)
+    )
+    deltas = torch.stack([dense(lora.layers[NAMES[0]]) for lora in loras])
+    expected = ties_by_hand(deltas.float(), [0.25, 0.5, 0.25], 0.4).double()
+    assert distance(dense(merged.lora.layers[NAMES[0]]), expected) < 1e-5
+
+
+def test_dare_is_seeded_and_right_on_average() -> None:
+    loras = [random_lora(60 + i) for i in range(2)]
+    full = RankRule(rank=99)
+
+    def merged(seed: int) -> Tensor:
+        settings = MergeSettings("dare", full, density=0.5, seed=seed)
+        return dense(merge(inputs_of(loras), settings).lora.layers[NAMES[2]])
+
+    assert torch.equal(merged(1), merged(1)) and not torch.equal(merged(1), merged(2))
+    mean = torch.stack([merged(seed) for seed in range(200)]).mean(0)
+    assert distance(mean, dense_sum(loras, [0.5, 0.5], NAMES[2])) < 0.12
+
+
+def test_tsv_adds_orthogonal_loras_and_counts_equal_ones_once() -> None:
+    q = torch.linalg.qr(torch.randn(32, 8, generator=torch.Generator().manual_seed(0)))[0]
+    name = NAMES[0]
+    layers = [LoraLayer(name, q[:, :4].T.contiguous(), q[:, :4].contiguous(), 2.0)]
+    layers.append(LoraLayer(name, q[:, 4:].T.contiguous(), q[:, 4:].contiguous(), 3.0))
+    loras = [Lora({name: layer}, naming=FOREIGN) for layer in layers]
+    merged = merge(inputs_of(loras), MergeSettings("tsv"))
+    expected = dense(layers[0]) + dense(layers[1])
+    assert distance(dense(merged.lora.layers[name]), expected) < 1e-5
+
+
+def test_iso_c_flattens_what_the_rank_keeps() -> None:
+    loras = [random_lora(70 + i) for i in range(2)]
+    merged = merge(inputs_of(loras), MergeSettings("iso_c", RankRule(rank=3)))
+    for layer in merged.lora:
+        mean = dense_sum(loras, [0.5, 0.5], layer.name)
+        u, sigma, vt = torch.linalg.svd(mean, full_matrices=False)
+        k = min(3, sum(lora.layers[layer.name].rank for lora in loras))
+        expected = u[:, :k] @ vt[:k] * sigma[:k].mean()
+        assert distance(dense(layer), expected) < 1e-4
+
+
+@pytest.mark.parametrize("rule", [RankRule(energy=0.9), RankRule(error=0.2), RankRule(error=0.0)])
+@pytest.mark.parametrize("method", ["sum", "ties"])
+def test_energy_and_error_are_kept_with_the_smallest_rank(method: str, rule: RankRule) -> None:
+    loras = [random_lora(80 + i, decay=1.0) for i in range(3)]
+    merged = merge(inputs_of(loras), MergeSettings(method, rule, density=0.8))
+    allowed = rule.error if rule.error is not None else math.sqrt(1 - (rule.energy or 0))
+    for name, certificate in merged.certificates.items():
+        assert certificate.error <= allowed + 1e-6
+        sigma = torch.tensor(certificate.singular_values, dtype=torch.float64)
+        if certificate.rank > 1 and len(sigma) >= certificate.rank:
+            fewer = certificate.norm**2 - sigma[: certificate.rank - 1].square().sum()
+            assert math.sqrt(max(float(fewer), 0)) / certificate.norm > allowed - 1e-6, name
+
+
+def test_a_size_is_spent_where_it_lowers_the_error_most() -> None:
+    loras = [random_lora(90 + i, decay=2.0) for i in range(3)]
+    megabytes = 0.01
+    merged = merge(inputs_of(loras), MergeSettings("sum", RankRule(megabytes=megabytes)))
+    used = sum(layer.up.numel() + layer.down.numel() for layer in merged.lora) * 4
+    assert 0.5 * megabytes * 1e6 < used <= megabytes * 1e6
+    ours = merged.report["error"]
+    uniform = max((r for r in range(1, 24) if uniform_size(loras, r) <= megabytes * 1e6), default=1)
+    equal = merge(inputs_of(loras), MergeSettings("sum", RankRule(rank=uniform)))
+    assert ours <= equal.report["error"] + 1e-9
+    with pytest.raises(BadConfig, match="rank 1 in every layer takes"):
+        merge(inputs_of(loras), MergeSettings("sum", RankRule(megabytes=1e-4)))
+
+
+def uniform_size(loras: Sequence[Lora], rank: int) -> int:
+    merged = merge(inputs_of(loras), MergeSettings("sum", RankRule(rank=rank)))
+    return sum(layer.up.numel() + layer.down.numel() for layer in merged.lora) * 4
+
+
+def test_block_weights_and_weightings() -> None:
+    a, b = random_lora(1), random_lora(2)
+    block = "lora_unet_double_blocks_1"
+    merged = merge(
+        [MergeInput(a, "a", 1.0, {block: 0.0}), MergeInput(b, "b", 1.0)], MergeSettings("sum")
+    )
+    assert distance(dense(merged.lora.layers[NAMES[1]]), dense(b.layers[NAMES[1]])) < 1e-5
+    expected = dense_sum([a, b], [1, 1], NAMES[0])
+    assert distance(dense(merged.lora.layers[NAMES[0]]), expected) < 1e-5
+    equal = merge(inputs_of([a, b]), MergeSettings("sum", weighting="equal_energy"))
+    for name in NAMES:
+        x, y = dense(a.layers[name]), dense(b.layers[name])
+        mean = (x.norm() + y.norm()) / 2
+        expected = x * mean / x.norm() + y * mean / y.norm()
+        assert distance(dense(equal.lora.layers[name]), expected) < 1e-5
+    doubled = merge(inputs_of([a, b]), MergeSettings("average", total=2.0))
+    assert (
+        distance(dense(doubled.lora.layers[NAMES[0]]), dense_sum([a, b], [1, 1], NAMES[0])) < 1e-5
+    )
+
+
+def test_norm_matched_weights_use_one_factor_per_lora() -> None:
+    a, b = random_lora(1), random_lora(2).scaled(10.0)
+    merged = merge(inputs_of([a, b]), MergeSettings("sum", weighting="norm_matched"))
+    totals = [math.sqrt(sum(n * n for n in lora.norms().values())) for lora in (a, b)]
+    mean = sum(totals) / 2
+    expected = dense_sum([a, b], [mean / totals[0], mean / totals[1]], NAMES[3])
+    assert distance(dense(merged.lora.layers[NAMES[3]]), expected) < 1e-5
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "slerp"])
+def test_layers_of_one_lora_only_and_of_zeros(method: str) -> None:
+    a, b = random_lora(1), random_lora(2)
+    part = {name: layer for name, layer in b.layers.items() if name != NAMES[1]}
+    zero = LoraLayer(NAMES[0], torch.zeros(2, 17), torch.zeros(24, 2))
+    some = Lora(part | {NAMES[0]: zero}, naming=FOREIGN)
+    merged = merge(inputs_of([a, some]), MergeSettings(method, density=0.9))
+    assert list(merged.lora.layers) == NAMES
+    assert all(bool(torch.isfinite(layer.up).all()) for layer in merged.lora)
+    if METHODS[method].linear:
+        share = 0.5 if METHODS[method].ratios else 1.0
+        for name in NAMES[:2]:
+            expected = share * dense(a.layers[name])
+            assert distance(dense(merged.lora.layers[name]), expected) < 1e-5
+    assert any("in one LoRA only" in warning for warning in merged.report["warnings"])
+
+
+@pytest.mark.parametrize("size", [(300, 200, 150), (120, 400, 90)])
+def test_wide_sums_are_truncated_as_well_as_narrow_ones(size: tuple[int, int, int]) -> None:
+    rows, columns, ranks = size
+    generator = torch.Generator().manual_seed(0)
+    for decay in (0.0, 2.0):
+        up = torch.randn(rows, ranks, generator=generator) * torch.logspace(0, -decay, ranks)
+        exact = (up @ torch.randn(ranks, columns, generator=generator)).double()
+        down, up, certificate = truncate_dense(exact.float(), RankRule(rank=8))
+        error = distance(up.double() @ down.double(), exact)
+        assert error == pytest.approx(best_error(exact, 8), rel=1e-5)
+        assert certificate.error == pytest.approx(error, rel=1e-4)
+
+
+def test_resizing_up_and_down() -> None:
+    lora = random_lora(3)
+    same = resize(lora, RankRule(rank=64))
+    assert same.report["error"] < 1e-6
+    assert all(layer.rank <= lora.layers[layer.name].rank for layer in same.lora)
+    smaller = resize(lora, RankRule(rank=1))
+    for layer in smaller.lora:
+        exact = dense(lora.layers[layer.name])
+        assert distance(dense(layer), exact) == pytest.approx(best_error(exact, 1), abs=1e-6)
+
+
+def test_inputs_are_not_changed_and_results_do_not_share_memory() -> None:
+    lora = random_lora(4)
+    before = {layer.name: (layer.up.clone(), layer.down.clone()) for layer in lora}
+    merged = merge(inputs_of([lora]), MergeSettings("sum"))
+    for layer in merged.lora:
+        layer.up.zero_()
+        layer.down.zero_()
+    for layer in lora:
+        assert torch.equal(layer.up, before[layer.name][0])
+        assert torch.equal(layer.down, before[layer.name][1])
+
+
+def test_offsets_are_summed_with_the_weights() -> None:
+    a, b = random_lora(1), random_lora(2)
+    bias = f"{NAMES[0]}.bias"
+    a = Lora(a.layers, offsets={bias: torch.ones(4)}, naming=FOREIGN)
+    b = Lora(b.layers, offsets={bias: torch.full((4,), 3.0)}, naming=FOREIGN)
+    merged = merge(inputs_of([a, b], [1.0, 3.0]), MergeSettings("average"))
+    assert torch.allclose(merged.lora.offsets[bias], torch.full((4,), 2.5))
+
+
+def test_the_header_tells_where_the_result_comes_from() -> None:
+    facts = [{"modelspec.trigger_phrase": "sks person", "sshs_model_hash": "abc"}, {}]
+    loras = [Lora(random_lora(i).layers, fact, naming=FOREIGN) for i, fact in enumerate(facts)]
+    inputs = inputs_of(loras, [3.0, 1.0])
+    header = merge_header(inputs, merge(inputs), "both")
+    assert header["modelspec.title"] == "both"
+    assert header["modelspec.trigger_phrase"] == "sks person"
+    assert header["modelspec.merged_from"] == "lora 0, lora 1"
+    assert (
+        '"weight": 0.75' in header["difflora.merge"] and '"hash": "abc"' in header["difflora.merge"]
+    )
+
+
+CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
+    (lambda: merge([]), BadConfig, "Nothing to merge"),
+    (lambda: RankRule(rank=0), BadConfig, "rank of 0"),
+    (lambda: RankRule(rank=3, energy=0.5), BadConfig, "at the same time"),
+    (lambda: RankRule(energy=1.5), BadConfig, "energy 1.5"),
+    (lambda: one("unknown"), BadConfig, "no method named 'unknown'"),
+    (lambda: one("slerp"), BadConfig, "slerp takes 2 LoRAs, not 1"),
+    (lambda: one("concat", rule=RankRule(rank=2)), BadConfig, "takes no limit"),
+    (lambda: one("ties", density=0.0), BadConfig, "density of 0"),
+    (lambda: one("sum", weighting="magic"), BadConfig, "no weighting named"),
+    (lambda: merge(inputs_of([random_lora(1), random_lora(2)], [1, -1])), BadConfig, "add up to 0"),
+    (lambda: merge(inputs_of([random_lora(1)], [math.nan])), BadConfig, "weight of nan"),
+    (lambda: merge([MergeInput(random_lora(1), "a", 1, {"unet.x": 1})]), BadConfig, "no block"),
+    (lambda: other_naming(), LayoutMismatch, "lora 0 and lora 1 do not fit together"),
+    (lambda: other_shape(), LayoutMismatch, "has the shape"),
+]
+
+
+def one(method: str, **settings: object) -> object:
+    return merge(inputs_of([random_lora(1)]), MergeSettings(method, **settings))  # type: ignore[arg-type]
+
+
+def other_naming() -> object:
+    other = Lora(random_lora(2).layers, naming=Naming("Flux, diffusers names", "peft"))
+    return merge(inputs_of([random_lora(1), other]))
+
+
+def other_shape() -> object:
+    layer = LoraLayer(NAMES[0], torch.zeros(2, 5), torch.zeros(24, 2))
+    return merge(inputs_of([random_lora(1), Lora({NAMES[0]: layer}, naming=FOREIGN)]))
+
+
+@pytest.mark.parametrize("case", range(len(CASES)))
+def test_impossible_settings_get_one_sentence(case: int) -> None:
+    run, kind, words = CASES[case]
+    with pytest.raises(kind, match=words):
+        run()
