@@ -1,0 +1,208 @@
+"""LoRAs into a checkpoint: the same file, with the changed weights replaced, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import __version__
+from .checkpoint_names import Slot
+from .checkpoints import LABELS, Checkpoint, same_shape
+from .errors import BadWeightsFile, LayoutMismatch
+from .extract_parts import refuse_full_disk
+from .header import without_weight_facts
+from .lora import Lora
+from .lora_groups import counted
+from .tensor_file import TensorFile
+from .weights_file import write_safetensors
+
+Progress = Callable[[int, int], None]
+
+FIRST_LAYER = "unet.conv_in"
+
+
+@dataclass(frozen=True, eq=False)
+class BakeInput:
+    """One LoRA with the strength that it gets."""
+
+    lora: Lora
+    title: str
+    weight: float = 1.0
+
+
+def bake(
+    base: Path,
+    inputs: Sequence[BakeInput],
+    out: Path,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict:
+    """Write `base` with all LoRAs added; returns a report of JSON values.
+
+    Sums are made in float32 and rounded once, to the type that each tensor has; every other tensor
+    is copied bit for bit. Raises LayoutMismatch when a LoRA is for another model, BadWeightsFile
+    for bad files, a full disk, and weights that do not fit their number type any more.
+    """
+    begin = time.perf_counter()
+    checkpoint = _open_single(base)
+    refuse_full_disk(out, base.stat().st_size)
+    warnings: list[str] = []
+    changes = _changes(checkpoint, inputs, warnings)
+    baked = _BakedTensors(checkpoint.files[0], changes, progress)
+    write_safetensors(out, baked, _header(checkpoint, inputs), overwrite)
+    return {
+        "file": str(out),
+        "bytes": out.stat().st_size,
+        "base": checkpoint.base,
+        "inputs": [{"title": one.title, "weight": one.weight} for one in inputs],
+        "tensors": len(baked),
+        "changed": len(changes),
+        "warnings": warnings,
+        "seconds": round(time.perf_counter() - begin, 3),
+    }
+
+
+def _open_single(path: Path) -> Checkpoint:
+    if path.is_dir():
+        raise BadWeightsFile(
+            f"{path} is a folder; a LoRA is baked into one file.",
+            hint="Give the file of the U-Net in it, then that of each text encoder.",
+        )
+    return Checkpoint.open(path)
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """What one LoRA adds to one parameter."""
+
+    name: str
+    slot: Slot
+    given: BakeInput
+
+    def delta(self) -> Tensor:
+        """The difference in float32, in the shape that the LoRA has for it."""
+        lora, layer = self.given.lora, self.name.removesuffix(".weight")
+        if self.name in lora.offsets:
+            return lora.offsets[self.name].float() * self.given.weight
+        return lora.layers[layer].delta().mul_(self.given.weight)
+
+
+def _changes(
+    checkpoint: Checkpoint, inputs: Sequence[BakeInput], warnings: list[str]
+) -> dict[str, list[Change]]:
+    """Changes by the key of the tensor in the file."""
+    changes: dict[str, list[Change]] = {}
+    for given in inputs:
+        for name in _usable(checkpoint, given, warnings) if given.weight else ():
+            slot = checkpoint.places[name].slot
+            changes.setdefault(slot.key, []).append(Change(name, slot, given))
+    return changes
+
+
+def _usable(checkpoint: Checkpoint, given: BakeInput, warnings: list[str]) -> list[str]:
+    """Parameters of the LoRA that the checkpoint has. Raises LayoutMismatch for another model."""
+    shapes = _parameter_shapes(given.lora)
+    absent = {name.partition(".")[0] for name in shapes} - {*checkpoint.components}
+    names = [name for name in shapes if name.partition(".")[0] not in absent]
+    strange = [name for name in names if not _fits(checkpoint, name, shapes[name])]
+    if given.lora.naming or strange or not names:
+        found = f"{counted(strange or list(shapes), 'parameter')}"
+        raise LayoutMismatch(
+            f"{given.title} does not fit {checkpoint.path.name}, which is of {checkpoint.base}: "
+            f"{found} of the LoRA have no place there.",
+            hint="The LoRA was made for another model, or for a part that the file does not hold.",
+        )
+    for component in sorted(absent):
+        count = sum(name.startswith(f"{component}.") for name in shapes)
+        warnings.append(
+            f"{checkpoint.path.name} holds no {LABELS[component]}: {count} layers of {given.title} "
+            "were left out."
+        )
+    return names
+
+
+def _parameter_shapes(lora: Lora) -> dict[str, tuple[int, ...]]:
+    """Shapes of all differences by parameter name."""
+    layers = {f"{name}.weight": outline.weight_shape for name, outline in lora.outline.items()}
+    return layers | {name: tuple(offset.shape) for name, offset in lora.offsets.items()}
+
+
+def _fits(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> bool:
+    place = checkpoint.places.get(name)
+    if place is None:
+        return False
+    if name == f"{FIRST_LAYER}.weight":  # inpainting models take the latent and more
+        return place.shape[1] >= shape[1]
+    return same_shape(place.shape, shape)
+
+
+def _header(checkpoint: Checkpoint, inputs: Sequence[BakeInput]) -> dict[str, str]:
+    """The fields of the checkpoint that are still true, and what went in."""
+    baked = [{"title": one.title, "weight": one.weight} for one in inputs]
+    return {
+        **without_weight_facts(checkpoint.files[0].metadata),
+        "modelspec.merged_from": ", ".join(one.title for one in inputs),
+        "difflora.version": __version__,
+        "difflora.baked": json.dumps(baked, ensure_ascii=False),
+    }
+
+
+class _BakedTensors(Mapping[str, Tensor]):
+    """The tensors of a checkpoint, those with changes made anew each time they are asked for."""
+
+    def __init__(
+        self, file: TensorFile, changes: Mapping[str, list[Change]], progress: Progress | None
+    ) -> None:
+        self.file = file
+        self.changes = changes
+        self._progress = progress
+        self._done = 0
+
+    def __getitem__(self, key: str) -> Tensor:
+        tensor = self.file.tensor(key)
+        if key in self.changes:
+            tensor = self._changed(key, tensor)
+        self._done += 1
+        if self._progress:
+            self._progress(self._done, len(self))
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.file)
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.file
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self.file.shape(key)
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self.file.dtype(key)
+
+    def tensor(self, key: str) -> Tensor:
+        return self[key]
+
+    def _changed(self, key: str, tensor: Tensor) -> Tensor:
+        wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        total = tensor.to(wide, copy=True)
+        for change in self.changes[key]:
+            view, delta = change.slot.view(total), change.delta()
+            if change.name == f"{FIRST_LAYER}.weight":  # the latent comes first in a wider input
+                view = view[:, : delta.shape[1]]
+            view += delta.reshape(view.shape)
+        result = total.to(tensor.dtype)
+        if not bool(torch.isfinite(result.float()).all()):
+            raise BadWeightsFile(
+                f"{key} is not finite in {str(tensor.dtype).removeprefix('torch.')} any more.",
+                hint="The weights are too big, or the checkpoint holds NaN.",
+            )
+        return result

@@ -1,0 +1,196 @@
+"""Weight differences to a LoRA file: layer by layer, resumable, with a certificate per layer.
+
+Every layer is the best approximation of its rank (Eckart and Young 1936); no value is clamped.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import DiffLoRAError, LayoutMismatch
+from .extract_parts import Part, PartStore, refuse_full_disk
+from .extract_sources import Source
+from .header import LoraHeader
+from .key_names import module_table
+from .lora import LayerOutline, LazyLayers, Lora, LoraLayer
+from .merging import Certificate, RankRule, truncate_dense
+from .merging.rules import ranks_within
+from .weights_file import write_lora
+
+Progress = Callable[[int, int], None]
+Certificates = Mapping[str, Certificate]
+
+HEADROOM = 8
+"""with a size limit, layers are kept up to this many times the rank that all could have"""
+WORST = 10
+_MEGABYTE = 1_000_000
+
+
+@dataclass(frozen=True)
+class ExtractSettings:
+    """How much of each layer is kept, and how it is stored."""
+
+    rule: RankRule
+    dtype: torch.dtype = torch.float16
+    overwrite: bool = False
+    title: str = ""
+
+    def identity(self) -> list:
+        """JSON values that change when a finished layer would."""
+        return [vars(self.rule), str(self.dtype)]
+
+
+def extract(
+    source: Source, out: Path, settings: ExtractSettings, progress: Progress | None = None
+) -> dict:
+    """Write the differences of `source` to `out` as a LoRA; returns a report of JSON values.
+
+    Finished layers lie in a folder beside `out` until it is written; a run that was stopped goes on
+    from there. Raises DiffLoRAErrors for bad inputs, a full disk, and when nothing differs.
+    """
+    begin = time.perf_counter()
+    layers, widths = list(source.layers), _widths(source)
+    rule = _rule_of_parts(widths, settings)
+    parts = PartStore(out)
+    refuse_full_disk(out, _bytes_needed(widths, rule, settings), parts.size())
+    parts.open([source.identity(), settings.identity()])
+    resumed = sum(layer in parts for layer in layers)
+    _finish(source, layers, parts, rule, settings.dtype, progress)
+    certificates = _chosen(layers, parts, widths, settings)
+    offsets = source.offsets()
+    if not certificates and not offsets:
+        parts.remove()
+        raise LayoutMismatch(
+            "Nothing differs in any layer that a LoRA can hold, so there is nothing to extract.",
+            hint="The two inputs have the same weights.",
+        )
+    header = LoraHeader(title=settings.title or out.stem, base=source.base).to_dict()
+    lora = Lora(_lazy(certificates, parts, source.base, settings.dtype), header, offsets)
+    write_lora(lora, out, header, settings.overwrite, settings.dtype)
+    parts.remove()
+    return {
+        "file": str(out),
+        "bytes": out.stat().st_size,
+        "base": source.base,
+        "same": len(layers) - len(certificates),
+        "offsets": len(offsets),
+        "resumed": resumed,
+        **_summary(certificates),
+        "warnings": source.warnings(),
+        "seconds": round(time.perf_counter() - begin, 3),
+    }
+
+
+def _widths(source: Source) -> dict[str, int]:
+    """Values that one rank of each layer costs: out + in."""
+    shapes = module_table(source.base).shapes
+    return {name: shapes[name][0] + math.prod(shapes[name][1:]) for name in source.layers}
+
+
+def _rule_of_parts(widths: Mapping[str, int], settings: ExtractSettings) -> RankRule:
+    """The rule for one layer at a time. A size is spread later, so each layer keeps more than that.
+
+    With a size limit no layer gets more than HEADROOM times the rank that all could have.
+    """
+    if settings.rule.megabytes is None:
+        return settings.rule
+    values = settings.rule.megabytes * _MEGABYTE / settings.dtype.itemsize
+    return RankRule(rank=max(1, math.ceil(HEADROOM * values / sum(widths.values()))))
+
+
+def _bytes_needed(widths: Mapping[str, int], rule: RankRule, settings: ExtractSettings) -> int:
+    """Parts and result together, at most; 0 where the rule does not tell beforehand."""
+    part_bytes = (rule.rank or 0) * sum(widths.values()) * settings.dtype.itemsize
+    megabytes = settings.rule.megabytes
+    return part_bytes + (part_bytes if megabytes is None else int(megabytes * _MEGABYTE))
+
+
+def _finish(
+    source: Source,
+    layers: Sequence[str],
+    parts: PartStore,
+    rule: RankRule,
+    dtype: torch.dtype,
+    progress: Progress | None,
+) -> None:
+    """Every layer that is not there yet becomes a part."""
+    for done, layer in enumerate(layers, 1):
+        if layer not in parts:
+            delta = _delta(source, layer, parts)
+            part = None if delta is None else Part(*truncate_dense(delta, rule, dtype))
+            parts.put(layer, part)
+        if progress:
+            progress(done, len(layers))
+
+
+def _delta(source: Source, layer: str, parts: PartStore) -> Tensor | None:
+    try:
+        return source.delta(layer)
+    except DiffLoRAError:  # other inputs are needed, and the parts are of no use for them
+        parts.remove()
+        raise
+
+
+def _chosen(
+    layers: Sequence[str], parts: PartStore, widths: Mapping[str, int], settings: ExtractSettings
+) -> dict[str, Certificate]:
+    """Certificates of the layers that differ, with the ranks that they get."""
+    found = {layer: parts.certificate(layer) for layer in layers}
+    kept = {layer: certificate for layer, certificate in found.items() if certificate}
+    if settings.rule.megabytes is None or not kept:
+        return kept
+    spectra = {n: torch.tensor(c.singular_values[: c.rank]) for n, c in kept.items()}
+    own = {name: widths[name] for name in kept}
+    ranks = ranks_within(settings.rule.megabytes, spectra, own, settings.dtype.itemsize)
+    return {name: _cut(certificate, ranks[name]) for name, certificate in kept.items()}
+
+
+def _cut(certificate: Certificate, rank: int) -> Certificate:
+    """The certificate of the first ranks of a part: what rounding costs is that of the whole."""
+    norm = certificate.norm
+    energies = [value**2 for value in certificate.singular_values[: certificate.rank]]
+    dropped = sum(energies[rank:])
+    error = math.sqrt(certificate.error**2 + dropped / norm**2)
+    return replace(certificate, rank=rank, energy=sum(energies[:rank]) / norm**2, error=error)
+
+
+def _lazy(
+    certificates: Certificates, parts: PartStore, base: str, dtype: torch.dtype
+) -> LazyLayers:
+    """Layers that are read from their parts when the file is written."""
+    shapes = module_table(base).shapes
+    outline = {n: LayerOutline(c.rank, shapes[n], dtype) for n, c in certificates.items()}
+
+    def layer(name: str) -> LoraLayer:
+        part, rank = parts.get(name), certificates[name].rank
+        shape = shapes[name]
+        down = part.down[:rank].reshape(rank, *shape[1:])
+        up = part.up[:, :rank].reshape(shape[0], rank, *(1,) * (len(shape) - 2))
+        return LoraLayer(name, down, up)
+
+    return LazyLayers(outline, layer)
+
+
+def _summary(certificates: Certificates) -> dict:
+    """What was kept of all layers together, and the layers with the largest errors."""
+    kept = certificates.values()
+    norm = math.sqrt(sum(c.norm**2 for c in kept))
+    energy = sum(c.energy * c.norm**2 for c in kept)
+    lost = math.sqrt(sum((c.error * c.norm) ** 2 for c in kept))
+    worst = sorted(certificates, key=lambda name: certificates[name].error, reverse=True)[:WORST]
+    return {
+        "layers": len(certificates),
+        "ranks": {str(rank): count for rank, count in Counter(c.rank for c in kept).most_common()},
+        "energy": energy / norm**2 if norm else 1.0,
+        "error": lost / norm if norm else 0.0,
+        "norm": norm,
+        "worst": [{"layer": name, "error": certificates[name].error} for name in worst],
+    }

@@ -1,0 +1,191 @@
+"""Where the weight differences of an extraction come from: two checkpoints, or a LoRA on one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .checkpoints import LABELS, Checkpoint
+from .errors import LayoutMismatch
+from .key_names import module_table
+
+PROBES = 3
+"""tensors that are compared to see whether a part of the model differs that is left out"""
+
+
+class Source(Protocol):
+    """Differences to one base model, layer by layer, in float32 and in the table's shapes."""
+
+    @property
+    def base(self) -> str: ...
+
+    @property
+    def layers(self) -> Sequence[str]:
+        """Canonical names of the layers that may differ."""
+        ...
+
+    def delta(self, layer: str) -> Tensor | None:
+        """The difference of a weight; None where there is none."""
+        ...
+
+    def offsets(self) -> dict[str, Tensor]:
+        """Differences of biases and norm parameters that differ, by parameter name."""
+        ...
+
+    def identity(self) -> list:
+        """JSON values that change when the inputs do."""
+        ...
+
+    def warnings(self) -> list[str]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class CheckpointDifference:
+    """A tuned checkpoint minus its base, of the chosen components."""
+
+    tuned: Checkpoint
+    original: Checkpoint
+    components: tuple[str, ...]
+
+    @classmethod
+    def open(cls, tuned: str | Path, base: str | Path, text_encoders: bool) -> CheckpointDifference:
+        """Raises LayoutMismatch when the two cannot be compared, BadWeightsFile for bad files."""
+        first, second = Checkpoint.open(tuned), Checkpoint.open(base)
+        if first.path.resolve() == second.path.resolve():
+            raise LayoutMismatch(
+                f"{first.path.name} was given as the tuned and as the base checkpoint.",
+                hint="Give the base that it was tuned from.",
+            )
+        _refuse_different_models(first, second)
+        return cls(first, second, _components(first, second, text_encoders))
+
+    @property
+    def base(self) -> str:
+        return _common_bases(self.tuned, self.original)[0]
+
+    @property
+    def layers(self) -> list[str]:
+        table = module_table(self.base)
+        return [
+            name
+            for component in self.components
+            for name in self.original.layers(component)
+            if all(self._fits(c, name, table.shapes[name]) for c in (self.tuned, self.original))
+        ]
+
+    def delta(self, layer: str) -> Tensor | None:
+        ours, theirs = self._pair(f"{layer}.weight")
+        if _alike(ours, theirs):
+            return None
+        return (ours.float() - theirs.float()).reshape(module_table(self.base).shapes[layer])
+
+    def offsets(self) -> dict[str, Tensor]:
+        offsets = {}
+        for component in self.components:
+            for name in sorted(self.original.small_parameters(component)):
+                if name in self.tuned.places:
+                    ours, theirs = self._pair(name)
+                    if not _alike(ours, theirs):
+                        offsets[name] = ours.float() - theirs.float()
+        return offsets
+
+    def identity(self) -> list:
+        files = (*self.tuned.files, *self.original.files)
+        return [[*self.components], *(file_identity(file.path) for file in files)]
+
+    def warnings(self) -> list[str]:
+        left_out = [c for c in self._shared() if c not in self.components and self._differs(c)]
+        labels = " and the ".join(LABELS[component] for component in left_out)
+        warnings = [f"The {labels} differ too; --text-encoders takes them in."] if labels else []
+        if self.original.special_input() and self._changed("unet.conv_in.weight"):
+            warnings.append("unet.conv_in differs too; no LoRA for an ordinary U-Net can hold it.")
+        embeddings = [n for n in self._others() if self._changed(n)]
+        warnings += [f"{name} differs too, which no LoRA can hold." for name in embeddings]
+        return warnings
+
+    def _pair(self, name: str) -> tuple[Tensor, Tensor]:
+        return self.tuned.places[name].read(), self.original.places[name].read()
+
+    def _changed(self, name: str) -> bool:
+        return not _alike(*self._pair(name))
+
+    def _shared(self) -> list[str]:
+        return [c for c in self.original.components if c in self.tuned.components]
+
+    def _differs(self, component: str) -> bool:
+        names = [f"{layer}.weight" for layer in self.original.layers(component)]
+        return any(self._changed(name) for name in names[:PROBES] if name in self.tuned.places)
+
+    def _others(self) -> list[str]:
+        """Embedding tables of the chosen components."""
+        starts = tuple(f"{component}." for component in self.components)
+        both = (n for n in self.original.places if n in self.tuned.places and n.startswith(starts))
+        return [name for name in both if ".embeddings." in name]
+
+    @staticmethod
+    def _fits(checkpoint: Checkpoint, layer: str, shape: tuple[int, ...]) -> bool:
+        place = checkpoint.places.get(f"{layer}.weight")
+        return place is not None and place.shape[:2] == shape[:2]
+
+
+def file_identity(path: Path) -> list:
+    """Path, size and time of a file: other values mean another file."""
+    status = path.stat()
+    return [str(path.resolve()), status.st_size, status.st_mtime_ns]
+
+
+def _alike(ours: Tensor, theirs: Tensor) -> bool:
+    """Equal, or equal up to the rounding of the coarser of the two number formats."""
+    if ours.dtype == theirs.dtype:
+        return torch.equal(_comparable(ours), _comparable(theirs))
+    order = sorted((ours, theirs), key=lambda t: (t.element_size(), t.dtype != torch.bfloat16))
+    coarse, fine = order
+    return torch.equal(_comparable(fine.to(coarse.dtype)), _comparable(coarse))
+
+
+def _comparable(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.element_size() == 1 else tensor
+
+
+def _common_bases(first: Checkpoint, second: Checkpoint) -> list[str]:
+    return [base for base in first.bases if base in second.bases]
+
+
+def _refuse_different_models(tuned: Checkpoint, base: Checkpoint) -> None:
+    if not _common_bases(tuned, base):
+        raise LayoutMismatch(
+            f"{tuned.path.name} is of {tuned.base}, {base.path.name} is of {base.base}.",
+            hint="Give the checkpoint that the tuned one was made from.",
+        )
+    kinds = [checkpoint.special_input() or "an ordinary model" for checkpoint in (tuned, base)]
+    if kinds[0] != kinds[1]:
+        raise LayoutMismatch(
+            f"{tuned.path.name} is {kinds[0]}, {base.path.name} is {kinds[1]}: "
+            "their first layers (unet.conv_in) have different shapes.",
+            hint="Give a base of the same kind.",
+        )
+
+
+def _components(tuned: Checkpoint, base: Checkpoint, text_encoders: bool) -> tuple[str, ...]:
+    """What is compared. Raises LayoutMismatch where one of the two lacks it."""
+    wanted = ["unet"]
+    if text_encoders:
+        table = module_table(_common_bases(tuned, base)[0])
+        wanted += [c for c in table.spellings if c != "unet"]
+    elif "unet" not in tuned.components and "unet" not in base.components:
+        wanted = [c for c in tuned.components if c in base.components]
+    for checkpoint in (tuned, base):
+        for component in wanted:
+            if component not in checkpoint.components:
+                raise LayoutMismatch(
+                    f"{checkpoint.path.name} holds no {LABELS[component]}.",
+                    hint="Give a whole checkpoint, or leave --text-encoders away."
+                    if component != "unet"
+                    else "Give a whole checkpoint.",
+                )
+    return tuple(wanted)
