@@ -42,6 +42,11 @@ _SS_BEGINNINGS = {
     "difflora_mini": "mini",
 }
 
+_WEIGHT_FACTS = (
+    "ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_network_args", "sshs_",
+    "modelspec.hash_sha256",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class LoraHeader:
@@ -104,6 +109,11 @@ def base_named_in(metadata: Mapping[str, str]) -> str | None:
             return base
     version = metadata.get("ss_base_model_version", "")
     return next((b for start, b in _SS_BEGINNINGS.items() if version.startswith(start)), None)
+
+
+def without_weight_facts(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The fields that stay true when the weights change: all but ranks, alphas and hashes."""
+    return {name: text for name, text in metadata.items() if not name.startswith(_WEIGHT_FACTS)}
 
 
 def json_field(metadata: Mapping[str, str], name: str) -> dict:

@@ -10,9 +10,15 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..difflora_core.merge_options import blocks_for, weights_for
-from ..difflora_core.merge_reports import describe_compared, describe_merged, describe_resized
+from ..difflora_core.merge_reports import (
+    describe_compared,
+    describe_merged,
+    describe_resized,
+    resize_header,
+)
 from ..difflora_core.merging import (
     METHODS,
+    WEIGHTINGS,
     MergeInput,
     MergeSettings,
     RankRule,
@@ -34,7 +40,6 @@ SIZES = {
     "error %": lambda amount: RankRule(error=amount / 100),
     "megabytes": lambda amount: RankRule(megabytes=amount),
 }
-WEIGHTINGS = ["given", "norm_matched", "equal_energy"]
 AS_GIVEN = 0
 ADVANCED = {"advanced": True}
 """for inputs that newer editors hide until they are asked for"""
@@ -99,7 +104,7 @@ class MergeLoras(io.ComfyNode):
                 *size_inputs(EXACT, 16),
                 io.Combo.Input(
                     "weighting",
-                    options=WEIGHTINGS,
+                    options=list(WEIGHTINGS),
                     default=WEIGHTINGS[0],
                     tooltip="given: the weights as they are. norm_matched: LoRAs of different "
                     "strength count alike. equal_energy: each keeps the same share of the result.",
@@ -119,7 +124,7 @@ class MergeLoras(io.ComfyNode):
                     max=1.0,
                     step=0.01,
                     optional=True,
-                    tooltip="Share of the values to keep: for ties, dare, della, knots and core_space.",
+                    tooltip="Share of values kept by ties, dare, della, knots and core_space.",
                     extra_dict=ADVANCED,
                 ),
                 io.Int.Input(
@@ -249,8 +254,8 @@ class ResizeLora(io.ComfyNode):
         (model,) = lora_models.opened([lora])
         rule, dtype = SIZES[size](amount), lora_models.PRECISIONS[precision]
         resized = resize(model, rule, dtype, host.progress(1))
-        result = host.LoraModel(resized.lora, model.metadata)
         (title,) = lora_models.titles([model])
+        result = host.LoraModel(resized.lora, resize_header(model.metadata, resized.report, title))
         return io.NodeOutput(
             result, describe_resized(lora_models.with_size(resized.report, result), title)
         )

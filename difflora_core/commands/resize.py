@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..merge_reports import describe_resized
+from ..merge_reports import describe_resized, resize_header
 from ..shell import check_free, open_input, progress_line
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> dict:
     lora = open_input(args.file).lora
     with progress_line(f"resizing {args.file.name}") as progress:
         merged = resize(lora, rank_rule(args), precision(args), progress)
-    header = {**lora.metadata, "modelspec.title": args.title or args.out.stem}
+    header = resize_header(lora.metadata, merged.report, args.title or args.out.stem)
     return write_result(merged, args.out, header, args)
 
 

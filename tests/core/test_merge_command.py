@@ -12,6 +12,7 @@ from PIL import Image
 
 from difflora_core.__main__ import main
 from difflora_core.header import LoraHeader
+from difflora_core.merging import METHODS
 from difflora_core.weights_file import read_lora, write_lora
 from tests.core.lora_samples import attention_lora
 
@@ -61,7 +62,7 @@ def test_merge_without_settings_is_the_exact_mean(files: list[str], tmp_path: Pa
     assert report["layers"] == 56 and report["ranks"] == {"9": 56}
     assert [entry["title"] for entry in report["inputs"]] == ["anna", "ben", "cleo"]
     assert report["bytes"] == out.stat().st_size
-    assert report["error"] < 1e-5
+    assert report["error"] < 1e-5 and report["energy"] == pytest.approx(1)
 
 
 def test_weights_and_blocks(files: list[str], tmp_path: Path, capsys) -> None:
@@ -147,7 +148,7 @@ def test_compare_draws_and_counts(files: list[str], tmp_path: Path, capsys) -> N
     picture = tmp_path / "pictures" / "map.png"
     report = done(["compare", files[0], files[0], files[1], "--picture", str(picture)], capsys)
     assert report["titles"] == ["anna 1", "anna 2", "ben"]
-    cosine = report["total_cosine"]
+    cosine = report["cosine"]
     assert cosine[0][1] == pytest.approx(1, abs=1e-5) and abs(cosine[0][2]) < 0.1
     with Image.open(picture) as image:
         assert min(image.size) > 100
@@ -166,7 +167,7 @@ def test_reports_for_people(command: str, files: list[str], tmp_path: Path, caps
 
 
 WRONG = {
-    "no such method": (["--method", "magic"], "'magic' is no method"),
+    "no such method": (["--method", "magic"], "no method named 'magic'"),
     "weights": (["--weights", "1"], "1 weights were given for 3 LoRAs"),
     "no number": (["--weights", "a"], "invalid float value"),
     "two limits": (["--rank", "2", "--energy", "0.5"], "not allowed with"),
@@ -198,6 +199,13 @@ def test_wrong_files_are_named(files: list[str], tmp_path: Path, capsys) -> None
         assert says in refused(merging, capsys)
         assert says in refused(["compare", *arguments], capsys)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_help_lists_every_method(capsys) -> None:
+    with pytest.raises(SystemExit):
+        main(["merge", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"one of: {' '.join(METHODS)}" in text
 
 
 def test_one_file_cannot_be_compared(files: list[str], capsys) -> None:
