@@ -20,11 +20,12 @@ from .header import without_weight_facts
 from .lora import Lora
 from .lora_groups import counted
 from .tensor_file import TensorFile
-from .weights_file import write_safetensors
+from .tensor_writing import TensorOutline, in_order, write_tensors
 
 Progress = Callable[[int, int], None]
 
 FIRST_LAYER = "unet.conv_in"
+HASH = "modelspec.hash_sha256"
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,14 +55,22 @@ def bake(
     refuse_full_disk(out, base.stat().st_size)
     warnings: list[str] = []
     changes = _changes(checkpoint, inputs, warnings)
-    baked = _BakedTensors(checkpoint.files[0], changes, progress)
-    write_safetensors(out, baked, _header(checkpoint, inputs), overwrite)
+    file = checkpoint.files[0]
+    outlines = {key: TensorOutline(file.dtype(key), file.shape(key)) for key in file}
+    write_tensors(
+        out,
+        outlines,
+        _baked(file, in_order(outlines), changes, progress),
+        _header(checkpoint, inputs),
+        overwrite,
+        hash_field=HASH,
+    )
     return {
         "file": str(out),
         "bytes": out.stat().st_size,
         "base": checkpoint.base,
         "inputs": [{"title": one.title, "weight": one.weight} for one in inputs],
-        "tensors": len(baked),
+        "tensors": len(outlines),
         "changed": len(changes),
         "warnings": warnings,
         "seconds": round(time.perf_counter() - begin, 3),
@@ -153,56 +162,32 @@ def _header(checkpoint: Checkpoint, inputs: Sequence[BakeInput]) -> dict[str, st
     }
 
 
-class _BakedTensors(Mapping[str, Tensor]):
-    """The tensors of a checkpoint, those with changes made anew each time they are asked for."""
+def _baked(
+    file: TensorFile,
+    order: Sequence[str],
+    changes: Mapping[str, list[Change]],
+    progress: Progress | None,
+) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of the file, one at a time."""
+    for done, key in enumerate(order, 1):
+        tensor = file.tensor(key)
+        yield key, _changed(key, tensor, changes[key]) if key in changes else tensor
+        if progress:
+            progress(done, len(order))
 
-    def __init__(
-        self, file: TensorFile, changes: Mapping[str, list[Change]], progress: Progress | None
-    ) -> None:
-        self.file = file
-        self.changes = changes
-        self._progress = progress
-        self._done = 0
 
-    def __getitem__(self, key: str) -> Tensor:
-        tensor = self.file.tensor(key)
-        if key in self.changes:
-            tensor = self._changed(key, tensor)
-        self._done += 1
-        if self._progress:
-            self._progress(self._done, len(self))
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.file)
-
-    def __len__(self) -> int:
-        return len(self.file)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.file
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return self.file.shape(key)
-
-    def dtype(self, key: str) -> torch.dtype:
-        return self.file.dtype(key)
-
-    def tensor(self, key: str) -> Tensor:
-        return self[key]
-
-    def _changed(self, key: str, tensor: Tensor) -> Tensor:
-        wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        total = tensor.to(wide, copy=True)
-        for change in self.changes[key]:
-            view, delta = change.slot.view(total), change.delta()
-            if change.name == f"{FIRST_LAYER}.weight":  # the latent comes first in a wider input
-                view = view[:, : delta.shape[1]]
-            view += delta.reshape(view.shape)
-        result = total.to(tensor.dtype)
-        if not bool(torch.isfinite(result.float()).all()):
-            raise BadWeightsFile(
-                f"{key} is not finite in {str(tensor.dtype).removeprefix('torch.')} any more.",
-                hint="The weights are too big, or the checkpoint holds NaN.",
-            )
-        return result
+def _changed(key: str, tensor: Tensor, changes: Sequence[Change]) -> Tensor:
+    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    total = tensor.to(wide, copy=True)
+    for change in changes:
+        view, delta = change.slot.view(total), change.delta()
+        if change.name == f"{FIRST_LAYER}.weight":  # the latent comes first in a wider input
+            view = view[:, : delta.shape[1]]
+        view += delta.reshape(view.shape)
+    result = total.to(tensor.dtype)
+    if not bool(torch.isfinite(result.float()).all()):
+        raise BadWeightsFile(
+            f"{key} is not finite in {str(tensor.dtype).removeprefix('torch.')} any more.",
+            hint="The weights are too big, or the checkpoint holds NaN.",
+        )
+    return result
