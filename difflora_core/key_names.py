@@ -60,13 +60,19 @@ class Spelled:
         return cls(component, rest.replace(".", "_"))
 
 
+WITHOUT_BIAS = (".to_q", ".to_k", ".to_v", ".text_projection")
+"""ends of the names of layers that have no bias; all others have one"""
+
+
 @dataclass(frozen=True)
 class ModuleTable:
-    """Linear and convolution layers of one base model."""
+    """Linear and convolution layers of one base model, and its norms."""
 
     base: str
     shapes: Mapping[str, tuple[int, ...]]
     """canonical name -> weight shape, in the order of the model"""
+    norms: Mapping[str, tuple[int, ...]]
+    """canonical name of a norm -> shape of its weight, which is that of its bias, too"""
     originals: Mapping[str, str]
     """canonical name -> original (ldm / sgm) name, of the U-Net only"""
     spellings: Mapping[str, Mapping[str, str]]
@@ -81,6 +87,16 @@ class ModuleTable:
             if name:
                 yield name
 
+    def module_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the weight of a layer or norm."""
+        return self.shapes.get(name) or self.norms[name]
+
+    def bias_shape(self, name: str) -> tuple[int, ...] | None:
+        """Shape of the bias of a layer or norm; None where it has none."""
+        if name.endswith(WITHOUT_BIAS):
+            return None
+        return self.module_shape(name)[:1]
+
 
 @cache
 def module_table(base: str) -> ModuleTable:
@@ -90,10 +106,19 @@ def module_table(base: str) -> ModuleTable:
             f"There is no base model named {base!r}.", hint=f"Known are {', '.join(BASES)}."
         )
     content = json.loads((LAYOUTS / f"{base}.json").read_text(encoding="utf-8"))
-    shapes: dict[str, tuple[int, ...]] = {}
     originals: dict[str, str] = {}
     spellings: dict[str, dict[str, str]] = {}
-    for component, rows in content["components"].items():
+    shapes = _shapes(content["components"], originals, spellings)
+    norms = _shapes(content["norms"], originals, spellings)
+    return ModuleTable(base, shapes, norms, originals, spellings)
+
+
+def _shapes(
+    components: Mapping[str, list], originals: dict[str, str], spellings: dict[str, dict[str, str]]
+) -> dict[str, tuple[int, ...]]:
+    """Weight shapes by canonical name; the names are added to the other two."""
+    shapes = {}
+    for component, rows in components.items():
         known = spellings.setdefault(component, {})
         for name, original, shape in rows:
             canonical = f"{component}.{name}"
@@ -104,15 +129,17 @@ def module_table(base: str) -> ModuleTable:
                 originals[canonical] = original
                 names.append(original)
             known.update({spelling.replace(".", "_"): canonical for spelling in names})
-    return ModuleTable(base, shapes, originals, spellings)
+    return shapes
 
 
 def detect_base(lora: Lora) -> str | None:
     """The base model that has all layers of `lora` with their shapes; None when there is none.
 
     Where several have them (self-attention layers only), the header decides, else the order of
-    BASES.
+    BASES. Reads no weights.
     """
+    if lora.naming:
+        return None
     fitting = [base for base in BASES if _fits(lora, module_table(base))]
     hint = base_named_in(lora.metadata)
     return hint if hint in fitting else next(iter(fitting), None)
@@ -129,4 +156,11 @@ def kohya_name(canonical: str, base: str | None) -> str:
 
 
 def _fits(lora: Lora, table: ModuleTable) -> bool:
-    return all(table.shapes.get(layer.name) == layer.weight_shape for layer in lora)
+    layers = all(table.shapes.get(n) == layer.weight_shape for n, layer in lora.outline.items())
+    return layers and all(_has_parameter(table, name) for name in lora.offsets)
+
+
+def _has_parameter(table: ModuleTable, name: str) -> bool:
+    module, _, kind = name.rpartition(".")
+    known = module in table.shapes or module in table.norms
+    return known and (kind == "weight" or table.bias_shape(module) is not None)

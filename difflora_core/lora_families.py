@@ -1,62 +1,73 @@
-"""The key suffixes of one layer: which tensors make it up, and of which kind of network.
-
-A further family that can be written as plain low-rank factors needs one pattern and one function
-here; the ones listed as refused are recognised, so that a file never loads in part without a word.
-"""
+"""The suffixes of keys: which tensor of which layer a key names, and of which kind of network."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-import torch
-from einops import einsum
-from torch import Tensor
-
 from .errors import BadLoraFile
-from .lora import LoraLayer
 
-_PLAIN = re.compile(
+_SUFFIX = re.compile(
     r"""(?P<module>.+)(?:
         \.lora_(?P<kohya>down|up|mid)\.weight
       | \.lora(?:_linear_layer)?\.(?P<diffusers>down|up)\.weight
       | \.to_(?P<projection>q|k|v|out)_lora\.(?P<processor>down|up)\.weight
+      | (?<=_lora\d)\.(?P<xlabs>down|up)\.weight
       | \.lora_(?P<peft>A|B)(?P<adapter>(?:_\d+)?(?:\.[^.]+)?)\.weight
-      | \.(?P<alpha>alpha)
+      | \.lora_(?:B|up)(?:\.[^.]+)?\.(?P<bias>bias)
+      | \.(?P<lycoris>hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2)(?:\.[^.]+)?
+      | \.(?P<own>alpha|scale|diff|diff_b|w_norm|b_norm|bias_(?:indices|values|size))
+      | \.(?P<magnitude>dora_scale|magnitude|lora_magnitude_vector)(?:\.[^.]+)*
+      | \.(?P<glora>[ab][12])\.weight
+      | \.(?P<turned>oft_blocks|oft_diag|rescale|on_input)
+      | \.(?P<peft_turned>oft_R|ia3_l)(?:\.[^.]+)*
     )""",
     re.VERBOSE,
 )
+_STYLES = ("kohya", "diffusers", "xlabs", "lycoris")
 _PEFT_ROLES = {"A": "down", "B": "up"}
 # Text encoder projections of the oldest diffusers files carry four pairs each; one is alive.
 _ENCODER_PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
 # Keys beside the layers that are no weight differences.
 _BESIDE = re.compile(r"bundle_emb\.|_aux\.|<.*>$")
 
-_NEEDS_BASE = "It can only be applied to the weights of its base model"
-_REFUSED = (
-    (r"\.(dora_scale|magnitude|lora_magnitude_vector(\.\w+)*)$", "DoRA", _NEEDS_BASE),
-    (r"\.hada_(w|t)\d", "LoHa", "It is made of products of two low-rank matrices"),
-    (r"\.lokr_(w|t)\d", "LoKr", "It is made of Kronecker products"),
-    (r"\.(oft_blocks|oft_diag|oft_R|rescale)(\.|$)", "OFT or BOFT", _NEEDS_BASE),
-    (r"\.(ia3_l|on_input)(\.|$)", "IA3", _NEEDS_BASE),
-    (
-        r"\.(q_layer|p_layer|lambda_layer|base_[qp]\w*)(\.|$)",
-        "T-LoRA",
-        "It depends on the timestep",
-    ),
-    (r"\.[ab][12]\.weight$", "GLoRA", _NEEDS_BASE),
-    (
-        r"\.(lora_(B|up)\.([^.]+\.)?bias|bias_(indices|values|size))$",
-        "a LoRA with bias differences",
-        "Biases have no low-rank factors",
-    ),
-    (
-        r"\.(diff|diff_b|w_norm|b_norm|set_weight)$",
-        "full weight differences",
-        "They have no low-rank factors",
-    ),
+_ON_WEIGHTS = (
+    (r"\.(dora_scale|magnitude|lora_magnitude_vector(\.\w+)*)$", "DoRA"),
+    (r"\.(oft_blocks|oft_diag|oft_R|rescale)(\.|$)", "OFT or BOFT"),
+    (r"\.(ia3_l|on_input)(\.|$)", "IA3"),
+    (r"\.([ab][12]|bm)\.weight$", "GLoRA"),
 )
+_REFUSED = (
+    (r"\.(q_layer|p_layer|lambda_layer|base_([qp]|lambda))(\.|$)", "T-LoRA", "on the timestep"),
+    (
+        r"\.set_weight$",
+        "whole replaced weights",
+        "on no weights of the model, so it cannot be added",
+    ),
+    (r"\.reshape_weight$", "reshaped weights", "on layers of another shape than the model has"),
+    (r"\.bm\.weight$", "GLoRA with a middle matrix", "on a layout that is not known here"),
+)
+OFFSET_ROLES = ("diff_b", "w_norm", "b_norm", "bias", "bias_indices", "bias_values", "bias_size")
+"""differences of biases and norms"""
+FAMILIES = {
+    "down": "lora", "up": "lora", "mid": "lora", "diff": "full",
+    "hada_": "loha", "lokr_": "lokr", "oft_": "oft", "rescale": "oft",
+    "a1": "glora", "a2": "glora", "b1": "glora", "b2": "glora",
+    "ia3_": "ia3", "on_input": "ia3",
+}  # fmt: skip
+"""kind of weight difference by the beginning of a role"""
+NEEDED = {
+    "lora": [[("down",)], [("up",)]],
+    "loha": [[(f"hada_w{n}_{side}",)] for n in "12" for side in "ab"],
+    "lokr": [[(f"lokr_w{n}",), (f"lokr_w{n}_a", f"lokr_w{n}_b")] for n in "12"],
+    "glora": [[(role,)] for role in ("a1", "a2", "b1", "b2")],
+    "oft": [[("oft_blocks",), ("oft_R",)]],
+    "ia3": [[("ia3_l",), ("ia3_weight", "on_input")]],
+}
+"""roles without which a layer is incomplete; any one way of each list will do"""
+ON_WEIGHTS = ("glora", "oft", "ia3")
+"""families that are functions of the base weight"""
 
 
 @dataclass(frozen=True)
@@ -65,15 +76,15 @@ class Part:
 
     module: str
     role: str
-    """down, up, mid, alpha"""
+    """down, up, mid, alpha, scale, dora, or the suffix itself: hada_w1_a, diff_b, ..."""
     style: str
-    """kohya, diffusers, processor, peft; "" for alpha, which several use"""
+    """kohya, diffusers, processor, peft, xlabs, lycoris; "" for what several use"""
     adapter: str = ""
 
 
 def parse_part(key: str) -> Part | None:
-    """Cut the suffix, from the right; None for a key that is no part of a plain LoRA."""
-    found = _PLAIN.fullmatch(key)
+    """Cut the suffix, from the right; None for a key that is no part of a known difference."""
+    found = _SUFFIX.fullmatch(key)
     if not found:
         return None
     module = found["module"]
@@ -81,10 +92,13 @@ def parse_part(key: str) -> Part | None:
         return _processor_part(module, found["projection"], found["processor"])
     if found["peft"]:
         return Part(module, _PEFT_ROLES[found["peft"]], "peft", found["adapter"])
-    for style in ("kohya", "diffusers"):
+    for style in _STYLES:
         if found[style]:
             return Part(module, found[style], style)
-    return Part(module, "alpha", "")
+    if found["magnitude"]:
+        return Part(module, "dora", "dora" if found["magnitude"] == "dora_scale" else "")
+    role = next(found[n] for n in ("bias", "own", "glora", "turned", "peft_turned") if found[n])
+    return Part(module, {"oft_diag": "oft_blocks"}.get(role, role), "")
 
 
 def _processor_part(module: str, projection: str, role: str) -> Part | None:
@@ -96,53 +110,59 @@ def _processor_part(module: str, projection: str, role: str) -> Part | None:
     return Part(module, role, "processor") if alive else None
 
 
+def parse_among(key: str, keys: Collection[str]) -> Part | None:
+    """As `parse_part`; IA3 of LyCORIS calls its factor `.weight`, so its neighbours must tell."""
+    part = parse_part(key)
+    module = key.removesuffix(".weight")
+    if part is None and module != key and f"{module}.on_input" in keys:
+        return Part(module, "ia3_weight", "")
+    return part
+
+
+def family_of(roles: Iterable[str]) -> set[str]:
+    """Kinds of weight difference that the tensors of a layer belong to; biases are of none."""
+    return {f for role in roles for start, f in FAMILIES.items() if _begins(role, start)}
+
+
+def _begins(role: str, start: str) -> bool:
+    return role.startswith(start) if start.endswith("_") else role == start
+
+
 def is_beside(key: str) -> bool:
     """Embeddings, helper tensors and dead pairs, which a LoRA file may hold beside its layers."""
     if _BESIDE.match(key):
         return True
-    found = _PLAIN.fullmatch(key)
+    found = _SUFFIX.fullmatch(key)
     return bool(found and found["projection"] and parse_part(key) is None)
 
 
-def refuse_other_families(keys: Iterable[str]) -> None:
-    """Raises BadLoraFile, naming the kind of network, for what is no plain LoRA."""
+def refuse_unreadable(keys: Iterable[str]) -> None:
+    """Raises BadLoraFile, naming the kind of network, for what is no difference of weights."""
     for pattern, family, reason in _REFUSED:
-        found = [key for key in keys if re.search(pattern, key)]
+        found = next((key for key in keys if re.search(pattern, key)), None)
         if found:
             raise BadLoraFile(
-                f"This file holds {family} (key {found[0]}), which is not supported.",
-                hint=f"{reason}; use a plain LoRA (or LoCon) of the same subject.",
+                f"This file holds {family} (key {found}), which is not supported.",
+                hint=f"It depends {reason}; use a LoRA of another kind of the same subject.",
             )
 
 
-def build_layer(
-    name: str, shape: tuple[int, ...], parts: Mapping[str, Tensor], scale: float
-) -> LoraLayer:
-    """One layer from its tensors; `shape` is that of the base model's weight.
-
-    A 1x1 convolution and a linear layer are the same thing, and files mix their shapes, so factors
-    take the form that the weight has.
-    """
-    down, up = parts["down"], parts["up"]
-    if "mid" in parts:
-        down = _absorb_mid(down, parts["mid"])
-    rank, out = down.shape[0], up.shape[0]
-    down = down.reshape(rank, *shape[1:])
-    up = up.reshape(out, rank, *(1,) * (len(shape) - 2))
-    return LoraLayer(name, down.contiguous(), up.contiguous(), scale)
+def needs_base(keys: Iterable[str]) -> tuple[str, str] | None:
+    """The kind of network and a key of it, where it is a function of the base model's weights."""
+    for pattern, family in _ON_WEIGHTS:
+        found = next((key for key in keys if re.search(pattern, key)), None)
+        if found:
+            return family, found
+    return None
 
 
-def factor_shape(parts: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """[out, in] or [out, in, kh, kw] of the weight difference that the factors of a layer make."""
-    down, up = parts["down"], parts["up"]
-    kernel = parts["mid"].shape[2:] if "mid" in parts else down.shape[2:]
-    return (up.shape[0], down.shape[1], *kernel)
-
-
-def _absorb_mid(down: Tensor, mid: Tensor) -> Tensor:
-    """LoCon in Tucker form (CP): up [out, r, 1, 1], mid [r, s, kh, kw], down [s, in, 1, 1].
-
-    Contracting mid with down gives an ordinary down [r, in, kh, kw]: exact.
-    """
-    product = einsum(mid.float(), down.flatten(1).float(), "r s kh kw, s i -> r i kh kw")
-    return product.to(torch.promote_types(down.dtype, mid.dtype))
+def refuse_without_base(keys: Iterable[str]) -> None:
+    """Raises BadLoraFile for kinds that mean nothing without the weights of the base model."""
+    found = needs_base(keys)
+    if found:
+        raise BadLoraFile(
+            f"This file holds {found[0]} (key {found[1]}), which is no sum of factors: what it "
+            "adds depends on the weights of the base model.",
+            hint="Make a plain LoRA of it first: python -m difflora_core extract --lora FILE "
+            "--base CHECKPOINT --out F",
+        )

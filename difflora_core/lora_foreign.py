@@ -6,34 +6,71 @@ import re
 from collections.abc import Iterable
 
 from .errors import BadLoraFile
+from .lora import Naming
 
 _CONTAINERS = (
     r"^(?:(?:transformer|diffusion_model|base_model\.model|model)\."
     r"|lora_unet_|lora_transformer_|lycoris_|oft_unet_)*"
 )
 # The first match decides, so the telling ones come first.
-_FOREIGN = (
+_NO_LORA = (
     (r"^lora_controlnet$|controlnet_cond_embedding|input_hint_block", "a ControlNet LoRA"),
+    (r"_attn\.norm\.(key|query)_norm\.scale$", "a Flux control LoRA (it replaces whole weights)"),
     (r"^lllite_", "ControlNet-LLLite weights"),
     (r"motion_modules|temporal_transformer", "an AnimateDiff motion LoRA"),
     (r"^(first_stage_model|cond_stage_model|conditioner)\.", "a full checkpoint"),
     (r"^model\.diffusion_model\.(?!.*lora).*\.weight$", "a full checkpoint"),
     (r"^\d+\.to_\w+_lora\.|^ip_adapter|^image_proj", "an IP-Adapter file"),
-    (r"^(unet|text_encoder):\d+:", "a LoRA without layer names (cloneofsimo's first layout)"),
-    (r"(double|single)_blocks[._]|single_transformer_blocks[._]|guidance_in[._]", "a Flux LoRA"),
-    (r"joint_blocks[._]", "an SD3 LoRA"),
-    (_CONTAINERS + r"transformer_blocks[._]\d", "a LoRA of a transformer (Flux, SD3, Qwen-Image)"),
-    (
-        _CONTAINERS + r"(blocks|layers)[._]\d",
-        "a LoRA of a transformer (Wan, Anima, Krea or similar)",
-    ),
+    (r"^(unet|text_encoder)\[\d+\]$", "a list of tensors without layer names (cloneofsimo's .pt)"),
+)
+_OTHER_MODELS = (
+    (r"(double|single)_blocks[._]|single_transformer_blocks[._]|guidance_in[._]", "Flux"),
+    (r"joint_blocks[._]", "SD3"),
+    (_CONTAINERS + r"transformer_blocks[._]\d", "a transformer (Flux, SD3, Qwen-Image)"),
+    (_CONTAINERS + r"(blocks|layers)[._]\d", "a transformer (Wan, Anima, Krea or similar)"),
+)
+# Whose names they are, by the beginning of most keys.
+_NAMES = (
+    ("lora_unet_", "kohya"),
+    ("lora_transformer_", "OneTrainer"),
+    ("lycoris_", "LyCORIS"),
+    ("transformer.", "diffusers"),
+    ("base_model.model.", "PEFT"),
+    ("diffusion_model.", "ComfyUI"),
+    ("", "plain"),
 )
 _KNOWN = "Expected a LoRA of a Stable Diffusion 1.x, 2.x or XL model, or of the mini model."
 
 
-def refuse_foreign(keys: Iterable[str]) -> None:
-    """Raises BadLoraFile, saying what the file is, when any key is of another kind of model."""
-    for pattern, kind in _FOREIGN:
+def refuse_no_lora(keys: Iterable[str]) -> None:
+    """Raises BadLoraFile, saying what the file is, when any key is of no LoRA of a whole model."""
+    for pattern, kind in _NO_LORA:
         found = next((key for key in keys if re.search(pattern, key)), None)
         if found:
             raise BadLoraFile(f"This file is {kind} (key {found}).", hint=_KNOWN)
+
+
+def other_model(keys: Iterable[str]) -> tuple[str, str] | None:
+    """The model without a module table that a file is for, and a key that tells so."""
+    for pattern, model in _OTHER_MODELS:
+        found = next((key for key in keys if re.search(pattern, key)), None)
+        if found:
+            return model, found
+    return None
+
+
+def refuse_other_model(found: tuple[str, str]) -> None:
+    """Raises BadLoraFile with what `other_model` found."""
+    model, key = found
+    of = model if model.startswith("a ") else f"the model {model}"
+    raise BadLoraFile(f"This file is a LoRA of {of} (key {key}).", hint=_KNOWN)
+
+
+def naming_of(model: str, modules: Iterable[str], styles: Iterable[str]) -> Naming:
+    """How a file of `model` spells layers; `styles` are the spellings of its factors, see Part."""
+    modules = list(modules)
+    counts = {who: sum(m.startswith(start) for m in modules) for start, who in _NAMES if start}
+    who = max(counts, key=lambda name: counts[name]) if any(counts.values()) else "plain"
+    known = {"PEFT": "peft", "lycoris": "kohya", "processor": "diffusers"}
+    suffix = next((known.get(style, style) for style in sorted(styles)), "kohya")
+    return Naming(f"{model}, {who} names", suffix)

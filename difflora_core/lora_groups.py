@@ -1,60 +1,109 @@
-"""The tensors of a file, grouped into the layers that their keys name."""
+"""The tensors of a file, grouped into the layers that their keys name; from shapes alone."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
 
-from torch import Tensor
+import torch
 
 from .errors import BadLoraFile
-from .lora_families import Part, is_beside, parse_part
+from .lora_families import NEEDED, ON_WEIGHTS, Part, family_of, is_beside, parse_among
+from .lora_kinds import Misfit, Pair, exact_pair, inner_told, with_kernel
+from .tensor_file import TensorSource
 
 
 @dataclass
 class Group:
-    """The tensors of one layer as the file names it."""
+    """The tensors of one layer as the file names it: role -> key, shape and number type."""
 
     keys: dict[str, str] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = field(default_factory=dict)
+
+    @cached_property
+    def families(self) -> set[str]:
+        """Kinds of weight difference; more than one is a mistake of the file, none means biases."""
+        return family_of(self.keys)
+
+    @property
+    def family(self) -> str:
+        return next(iter(self.families), "")
 
     @property
     def complete(self) -> bool:
-        return "down" in self.tensors and "up" in self.tensors
+        """Whether all that the kind of difference needs is there."""
+        roles = self.keys.keys()
+        return all(any(set(way) <= roles for way in ways) for ways in NEEDED.get(self.family, ()))
 
-    @property
-    def factors(self) -> list[Tensor]:
-        return [tensor for role, tensor in self.tensors.items() if role != "alpha"]
+    @cached_property
+    def outline(self) -> Pair | None:
+        """The two factors without values; None where the parts do not fit each other."""
+        parts = {
+            role: torch.empty(shape, dtype=self.dtypes[role], device="meta")
+            for role, shape in self.shapes.items()
+        }
+        try:
+            return exact_pair(self.family, parts)
+        except Misfit:
+            return None
+
+    @cached_property
+    def inner(self) -> tuple[int, ...] | None:
+        """(in, kh, kw) as far as the parts tell it."""
+        parts = {r: torch.empty(shape, device="meta") for r, shape in self.shapes.items()}
+        return inner_told(self.family, parts)
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether the parts make a weight of `shape`; what is incomplete fits anywhere."""
+        if not self.families:
+            return True
+        if self.family in ON_WEIGHTS or not self.complete or self.outline is None:
+            return len(shape) > 1
+        if len(shape) < 2 or self.outline.sides != (shape[0], prod(shape[1:])):
+            return False
+        return self.inner is None or self.inner == with_kernel(shape[1:])
+
+    def joined(self, other: Group) -> Group | None:
+        """Both as one layer, where no tensor is there twice."""
+        if self.keys.keys() & other.keys.keys():
+            return None
+        return Group(self.keys | other.keys, self.shapes | other.shapes, self.dtypes | other.dtypes)
 
 
 def group_parts(
-    tensors: Mapping[str, Tensor], warnings: list[str]
+    source: TensorSource, warnings: list[str], renamed: Mapping[str, str]
 ) -> tuple[dict[str, Group], set[str]]:
-    """Groups by layer name as spelled, and the spellings in use. Raises BadLoraFile for doubles."""
+    """Groups by layer name as spelled, and the spellings in use. Raises BadLoraFile for doubles.
+
+    `renamed` gives keys another name, where the file's own name no layers.
+    """
     groups: dict[str, Group] = {}
     adapters: dict[str, set[str]] = {}
     styles, beside, unknown = set(), [], []
-    for key, tensor in tensors.items():
-        part = parse_part(key)
-        if part is None:
+    for key in source:
+        part = parse_among(renamed.get(key, key), source)
+        if part is None or (part.role == "scale" and prod(source.shape(key)) != 1):
             (beside if is_beside(key) else unknown).append(key)
             continue
-        _add(groups, part, key, tensor)
+        _add(groups.setdefault(part.module, Group()), part, key, source)
         styles.add("PEFT" if key.startswith("base_model.model.") else part.style)
         if part.style == "peft":
             adapters.setdefault(part.module, set()).add(part.adapter)
     _refuse_several_adapters(adapters)
     if beside:
         warnings.append(f"Left out, as no part of the LoRA: {counted(beside, 'key')}.")
-    judge_unknown(unknown, len(tensors), warnings)
-    return groups, styles - {""}
+    judge_unknown(unknown, len(source), warnings)
+    return groups, styles - {"", "dora"}
 
 
-def _add(groups: dict[str, Group], part: Part, key: str, tensor: Tensor) -> None:
-    group = groups.setdefault(part.module, Group())
+def _add(group: Group, part: Part, key: str, source: TensorSource) -> None:
     if part.role not in group.keys:
         group.keys[part.role] = key
-        group.tensors[part.role] = tensor
+        group.shapes[part.role] = source.shape(key)
+        group.dtypes[part.role] = source.dtype(key)
     elif part.style != "peft":  # two PEFT adapters get a sentence of their own
         raise BadLoraFile(f"Two keys name the same tensor: {group.keys[part.role]} and {key}.")
 
@@ -75,7 +124,7 @@ def judge_unknown(unknown: Sequence[str], total: int, warnings: list[str]) -> No
         raise BadLoraFile(
             f"This is no LoRA file that is known here: {counted(unknown, 'key')} of {total} "
             "mean nothing to this reader.",
-            hint="Known are the spellings of kohya, diffusers and PEFT.",
+            hint="Known are the spellings of kohya, LyCORIS, diffusers and PEFT.",
         )
     if unknown:
         warnings.append(f"Unknown and left out: {counted(unknown, 'key')} of {total}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from typing import Any, TypeGuard
 
 from torch import Tensor
 
@@ -40,17 +41,32 @@ class ConfiguredScales:
             self._by_component.setdefault(component, {})[field] = value
         self._otherwise = dict(adapter_config or {})
 
-    def scale(self, name: str, rank: int) -> float | None:
-        """Scale of the layer with canonical `name`; None where nothing is configured."""
+    def scale(self, name: str, rank: int | None) -> float | None:
+        """Scale of the layer with canonical `name`; None where nothing is configured.
+
+        `rank` None: no factor of the layer has one (LoKr of two whole matrices).
+        """
         component, _, path = name.partition(".")
         config = self._by_component.get(component) or self._otherwise
-        alpha = _by_pattern(config.get("alpha_pattern"), path, config.get("lora_alpha"))
-        if not isinstance(alpha, int | float):
+        alpha = config.get("lora_alpha", config.get("alpha"))  # LoRA's name, LoHa's and LoKr's
+        alpha = _by_pattern(config.get("alpha_pattern"), path, alpha)
+        if rank is None:
+            rank = _by_pattern(config.get("rank_pattern"), path, config.get("r"))
+        if not _is_number(alpha) or not _is_number(rank) or rank <= 0:
             return None
         return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
+    @property
+    def otherwise(self) -> Mapping:
+        """The configuration beside the file."""
+        return self._otherwise
 
-def _by_pattern(patterns: object, path: str, default: object) -> object:
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _by_pattern(patterns: object, path: str, default: object) -> Any:
     """PEFT's rule: a pattern names the end of a module path, and may be a regular expression."""
     if not isinstance(patterns, dict):
         return default

@@ -22,8 +22,9 @@ from .errors import BadWeightsFile
 
 MAX_HEADER = 100_000_000
 """bytes; the limit of the format's own library"""
-MAX_SIZE = 2**40
-"""of one dimension; more is a lie, and torch cannot even describe some of it"""
+MAX_SIZE = 2**48
+"""of all dimensions together, empty ones left out; more is a lie that torch cannot describe"""
+MAX_DIMENSIONS = 16
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -241,6 +242,8 @@ def _checked_entry(path: Path, key: str, entry: object) -> _Entry:
             f"{path.name} cannot be read: {key} has the number type {fields.get('dtype')!r}.",
             hint=f"Known are {', '.join(DTYPES)}.",
         )
+    if math.prod(size for size in shape if size) > MAX_SIZE:
+        raise _broken(path, f"{key} cannot have the shape {shape}")
     dtype = DTYPES[fields["dtype"]]
     size = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != size:
@@ -250,6 +253,6 @@ def _checked_entry(path: Path, key: str, entry: object) -> _Entry:
 
 def _sizes(values: object) -> list[int] | None:
     """`values` if it is a list of sizes."""
-    if isinstance(values, list) and all(type(v) is int and 0 <= v <= MAX_SIZE for v in values):
-        return values
-    return None
+    if not isinstance(values, list) or not all(type(v) is int and v >= 0 for v in values):
+        return None
+    return values if len(values) <= MAX_DIMENSIONS else None

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from difflora_core.errors import BadLoraFile
 from difflora_core.key_names import module_table
-from difflora_core.lora_families import build_layer, parse_part
 from difflora_core.lora_reading import LoraReading, read_lora_tensors
 from difflora_core.lora_scales import ConfiguredScales, scale_from_alpha
 from tests.core.lora_samples import DATA, DTYPES, filled, stored
@@ -122,35 +121,6 @@ def plain_delta(parts: dict[str, Tensor], shape: tuple[int, ...]) -> Tensor:
         mid = parts["mid"]
         return scale * torch.einsum("or,rsxy,si->oixy", up.flatten(1), mid, down.flatten(1))
     return (scale * up.flatten(1) @ down.flatten(1)).reshape(shape)
-
-
-@pytest.mark.parametrize("case", stored("lora_deltas.json")["cases"], ids=lambda case: case["id"])
-def test_deltas_of_trainers(case: dict) -> None:
-    """Tensors that LyCORIS and PEFT saved, and the difference that their forward pass makes."""
-    parts = {}
-    for suffix, value in case["tensors"].items():
-        part = parse_part(f"{DOTTED_Q}.{suffix}")
-        assert part
-        assert part.module == DOTTED_Q
-        parts[part.role] = torch.tensor(value["data"]).reshape(value["shape"])
-    shape = tuple(case["delta"]["shape"])
-    rank = parts["up"].shape[1]
-    if "alpha" in parts:
-        scale = scale_from_alpha("x", parts["alpha"], rank)
-    else:
-        scale = ConfiguredScales({}, case["config"]).scale(Q_NAME, rank) or 1.0
-    delta = build_layer("x", shape, parts, scale).delta()
-    expected = torch.tensor(case["delta"]["data"]).reshape(shape)
-    torch.testing.assert_close(delta, expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("case", stored("lora_refused.json")["cases"], ids=lambda c: c["name"])
-def test_other_kinds_are_refused_by_name(case: dict) -> None:
-    tensors = {key: torch.zeros(shape or ()) for key, shape in case["keys"].items()}
-    with pytest.raises(BadLoraFile) as caught:
-        read_lora_tensors(tensors)
-    assert case["says"] in str(caught.value)
-    assert caught.value.hint
 
 
 def pair(module: str = Q, rank: int = 4, width: int = 320, **more: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,186 @@
+"""What a layer of a file will be, settled from header facts; its weights are read later."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from .errors import BadLoraFile
+from .lora import LayerOutline, LoraLayer
+from .lora_groups import Group
+from .lora_kinds import Misfit, exact_pair, rank_of_scale
+from .lora_scales import ConfiguredScales, scale_from_alpha
+from .tensor_file import TensorSource
+
+CHUNK = 2**20
+"""numbers that are looked at together, so that a check needs no memory of the tensor's size"""
+REFINER_TEXT_WIDTH = 1280
+LARGEST = 2**17
+"""features of one side of a layer of any model; a Kronecker product can claim far more"""
+_BESIDE_WEIGHTS = ("alpha", "scale", "dora")
+_DAMAGED = "The file is damaged; get it again or save it again."
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Where the parts of one layer are, and what they make."""
+
+    name: str
+    family: str
+    keys: Mapping[str, str]
+    """role -> key, of the weights alone"""
+    outline: LayerOutline
+
+    def read(self, source: TensorSource) -> LoraLayer:
+        """The layer with its weights. Raises BadLoraFile for NaN and infinity."""
+        parts = read_parts(self.keys, source)
+        try:
+            pair = exact_pair(self.family, parts)
+        except Misfit as error:
+            raise BadLoraFile(f"The factors of {self.name} do not fit: {error}.") from error
+        out, *inner = self.outline.weight_shape
+        down = pair.down.reshape(pair.rank, *inner).contiguous()
+        up = pair.up.reshape(out, pair.rank, *(1,) * (len(inner) - 1)).contiguous()
+        if self.family in ("loha", "lokr"):
+            refuse_not_finite(self.name, down)
+            refuse_not_finite(self.name, up)
+        return LoraLayer(self.name, down, up, self.outline.scale)
+
+
+def read_parts(keys: Mapping[str, str], source: TensorSource) -> dict[str, Tensor]:
+    """Tensors by role, 8 bits raised to 16 (exact). Raises BadLoraFile for NaN and infinity."""
+    parts = {}
+    for role, key in keys.items():
+        tensor = source.tensor(key)
+        if tensor.is_floating_point() and tensor.element_size() == 1:
+            tensor = tensor.to(torch.float16)
+        refuse_not_finite(key, tensor)
+        parts[role] = tensor
+    return parts
+
+
+def refuse_not_finite(key: str, tensor: Tensor) -> None:
+    """Raises BadLoraFile for NaN and infinity."""
+    flat = tensor.flatten()
+    if not all(bool(torch.isfinite(piece).all()) for piece in flat.split(CHUNK)):
+        raise BadLoraFile(
+            f"{key} holds NaN or infinite values.",
+            hint="The training broke down; use an earlier checkpoint of it.",
+        )
+
+
+def plan_layer(
+    name: str,
+    group: Group,
+    shape: tuple[int, ...] | None,
+    source: TensorSource,
+    scales: ConfiguredScales,
+    warnings: list[str],
+) -> LayerPlan | None:
+    """One layer; None, with a warning, where the file gives it no weights.
+
+    `shape` is that of the base model's weight, None for a model without a table. Raises BadLoraFile
+    for what is incomplete or does not fit.
+    """
+    _refuse_incomplete(name, group, shape)
+    if _rank_is_zero(group):
+        warnings.append(f"{name} has rank 0; left out.")
+        return None
+    _refuse_numbers(name, group)
+    _refuse_misfits(name, group, shape)
+    pair = group.outline
+    assert pair is not None  # the line above has refused what does not fit
+    scale = layer_scale(name, group, source, scales)
+    if scale == 0:
+        warnings.append(f"{name} has alpha 0: no effect here, full effect in kohya's programs.")
+    dtype = torch.float16 if pair.up.dtype.itemsize == 1 else pair.up.dtype
+    weight = shape or _own_shape(group, pair.sides)
+    keys = {role: key for role, key in group.keys.items() if role in _weights(group)}
+    return LayerPlan(name, group.family, keys, LayerOutline(pair.rank, weight, dtype, scale))
+
+
+def layer_scale(name: str, group: Group, source: TensorSource, scales: ConfiguredScales) -> float:
+    """alpha / rank, by the tensors of the layer or by a configuration; 1 without either."""
+    if group.family == "full":
+        return 1.0
+    if "scale" in group.keys:  # the web UI's own spelling, which takes the place of alpha / rank
+        return scale_from_alpha(name, source.tensor(group.keys["scale"]), 1)
+    rank = rank_of_scale(group.family, group.shapes) if group.family else 1
+    if "alpha" in group.keys and rank:
+        return scale_from_alpha(name, source.tensor(group.keys["alpha"]), rank)
+    configured = scales.scale(name, rank)
+    return 1.0 if configured is None or "alpha" in group.keys else configured
+
+
+def _weights(group: Group) -> set[str]:
+    """Roles that make up the weight difference."""
+    starts = {"lora": ("down", "up", "mid"), "full": ("diff",)}
+    chosen = starts.get(group.family, ("hada_", "lokr_"))
+    return {r for r in group.keys if r in chosen or r.startswith(("hada_", "lokr_"))}
+
+
+def _own_shape(group: Group, sides: tuple[int, int]) -> tuple[int, ...]:
+    """The shape of a weight without a table: linear, or a convolution where the parts say so."""
+    told = group.inner
+    four = any(len(group.shapes[role]) == 4 for role in _weights(group))
+    return (sides[0], *told) if four and told and len(told) == 3 else sides
+
+
+def _rank_is_zero(group: Group) -> bool:
+    return all(prod(group.shapes[role]) == 0 for role in _weights(group)) or (
+        group.outline is not None and group.outline.rank == 0
+    )
+
+
+def _refuse_incomplete(name: str, group: Group, shape: tuple[int, ...] | None) -> None:
+    if len(group.families) > 1:
+        kinds = " and ".join(sorted(group.families))
+        raise BadLoraFile(
+            f"{name} holds differences of several kinds at once: {kinds}.", hint=_DAMAGED
+        )
+    if group.complete:
+        return
+    role = next(iter(_weights(group)))
+    hint = _DAMAGED
+    if role == "down" and group.shapes[role] == shape:
+        hint = "The one tensor has the shape of the whole weight: a full-rank difference."
+    raise BadLoraFile(f"{name} is incomplete: only {group.keys[role]} is there.", hint=hint)
+
+
+def _refuse_numbers(name: str, group: Group) -> None:
+    for role in _weights(group):
+        if not group.dtypes[role].is_floating_point:
+            kind = str(group.dtypes[role]).removeprefix("torch.")
+            raise BadLoraFile(f"{group.keys[role]} holds {kind} numbers, which are no weights.")
+
+
+def _refuse_misfits(name: str, group: Group, shape: tuple[int, ...] | None) -> None:
+    found = ", ".join(f"{group.keys[r]} {list(group.shapes[r])}" for r in sorted(_weights(group)))
+    if group.family == "lora":
+        _refuse_ranks(name, group, found)
+    if group.outline is None:
+        raise BadLoraFile(f"The factors of {name} do not fit each other: {found}.", hint=_DAMAGED)
+    if shape is None and max(group.outline.sides) > LARGEST:
+        raise BadLoraFile(f"{name} is larger than any layer: {list(group.outline.sides)}: {found}.")
+    if shape is not None and not group.fits(shape):
+        hint = f"The layer has the weight {list(shape)} in this base model."
+        text = group.shapes.get("down", (0, 0))[1]
+        if name.endswith(("attn2.to_k", "attn2.to_v")) and text == REFINER_TEXT_WIDTH:
+            hint += " Text of width 1280 is that of the SDXL refiner, which is not supported."
+        raise BadLoraFile(f"{name} has the wrong shape: {found}.", hint=hint)
+
+
+def _refuse_ranks(name: str, group: Group, found: str) -> None:
+    down, up = group.shapes["down"], group.shapes["up"]
+    if not {len(down), len(up)} <= {2, 4, 5}:
+        raise BadLoraFile(f"The factors of {name} are no matrices: {found}.")
+    inner = group.shapes["mid"][:1] if "mid" in group.shapes else down[:1]
+    if inner != up[1:2]:
+        raise BadLoraFile(
+            f"The ranks of {name} differ: {found}.",
+            hint="Expected down [rank, in] and up [out, rank].",
+        )
