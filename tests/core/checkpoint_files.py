@@ -1,0 +1,92 @@
+"""Checkpoints for tests: small ones with weights, and real-sized ones that take no disk space."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from difflora_core.key_names import ModuleTable, module_table
+from difflora_core.tensor_file import DTYPES
+from difflora_core.weights_file import write_safetensors
+
+TEXT_PREFIXES = {
+    "sd15": {"text_encoder": "cond_stage_model.transformer."},
+    "sdxl": {"text_encoder": "conditioner.embedders.0.transformer."},
+    "mini": {"text_encoder": "cond_stage_model.transformer."},
+}
+REST = {"first_stage_model.decoder.conv_in.weight": (4, 3, 3, 3), "model_ema.decay": ()}
+
+
+def parameter_shapes(base: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Weights and biases of all layers and norms, by canonical name."""
+    table: ModuleTable = module_table(base)
+    for name in (*table.shapes, *table.norms):
+        yield f"{name}.weight", table.module_shape(name)
+        if bias := table.bias_shape(name):
+            yield f"{name}.bias", bias
+
+
+def single_file_shapes(base: str) -> dict[str, tuple[int, ...]]:
+    """Keys and shapes of a whole checkpoint with original names, as far as CLIP-L goes."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in parameter_shapes(base):
+        module, _, kind = name.rpartition(".")
+        component, _, path = name.partition(".")
+        if component == "unet":
+            shapes[f"model.diffusion_model.{module_table(base).originals[module]}.{kind}"] = shape
+        elif component in TEXT_PREFIXES[base]:
+            shapes[TEXT_PREFIXES[base][component] + path] = shape
+    return shapes | REST
+
+
+def random_tensors(
+    shapes: Mapping[str, tuple[int, ...]], seed: int, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {k: (0.05 * torch.randn(s, generator=generator)).to(dtype) for k, s in shapes.items()}
+
+
+def with_low_rank(tensors: Mapping[str, Tensor], rank: int, seed: int = 7) -> dict[str, Tensor]:
+    """The same checkpoint with a difference of exactly `rank` in every matrix and kernel."""
+    generator = torch.Generator().manual_seed(seed)
+    changed = {}
+    for key, tensor in tensors.items():
+        changed[key] = tensor
+        if tensor.ndim >= 2 and not key.startswith("first_stage"):
+            out, inner = tensor.flatten(1).shape
+            up = torch.randn(out, rank, generator=generator, dtype=torch.float64)
+            down = torch.randn(rank, inner, generator=generator, dtype=torch.float64)
+            changed[key] = (tensor.double() + (0.01 * up @ down).view(tensor.shape)).to(
+                tensor.dtype
+            )
+    return changed
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None):
+    write_safetensors(path, tensors, metadata or {}, overwrite=True)
+    return path
+
+
+def sparse_file(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    values: Mapping[str, Tensor] | None = None,
+    dtype: str = "F16",
+) -> Path:
+    """A file of any size whose tensors are zeros that are stored nowhere, but for `values`."""
+    size, header, end = DTYPES[dtype].itemsize, {}, 0
+    for key, shape in shapes.items():
+        start, end = end, end + torch.Size(shape).numel() * size
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+        for key, value in (values or {}).items():
+            file.seek(8 + len(text) + header[key]["data_offsets"][0])
+            file.write(value.to(DTYPES[dtype]).contiguous().view(torch.uint8).numpy().data)
+    return path
