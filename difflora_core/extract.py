@@ -58,7 +58,7 @@ def extract(
     """
     begin = time.perf_counter()
     layers, widths = list(source.layers), _widths(source)
-    rule = _rule_of_parts(widths, settings)
+    rule = _rule_of_parts(source, widths, settings)
     parts = PartStore(out)
     refuse_full_disk(out, _bytes_needed(widths, rule, settings), parts.size())
     parts.open([source.identity(), settings.identity()])
@@ -95,15 +95,19 @@ def _widths(source: Source) -> dict[str, int]:
     return {name: shapes[name][0] + math.prod(shapes[name][1:]) for name in source.layers}
 
 
-def _rule_of_parts(widths: Mapping[str, int], settings: ExtractSettings) -> RankRule:
+def _rule_of_parts(
+    source: Source, widths: Mapping[str, int], settings: ExtractSettings
+) -> RankRule:
     """The rule for one layer at a time. A size is spread later, so each layer keeps more than that.
 
-    With a size limit no layer gets more than HEADROOM times the rank that all could have.
+    With a size limit no layer gets more than HEADROOM times the rank that all could have; a look at
+    all layers beforehand tells how many differ.
     """
     if settings.rule.megabytes is None:
         return settings.rule
     values = settings.rule.megabytes * _MEGABYTE / settings.dtype.itemsize
-    return RankRule(rank=max(1, math.ceil(HEADROOM * values / sum(widths.values()))))
+    differing = sum(width for layer, width in widths.items() if source.delta(layer) is not None)
+    return RankRule(rank=max(1, math.ceil(HEADROOM * values / max(1, differing))))
 
 
 def _bytes_needed(widths: Mapping[str, int], rule: RankRule, settings: ExtractSettings) -> int:

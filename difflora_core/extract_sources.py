@@ -14,9 +14,6 @@ from .checkpoints import LABELS, Checkpoint
 from .errors import LayoutMismatch
 from .key_names import module_table
 
-PROBES = 3
-"""tensors that are compared to see whether a part of the model differs that is left out"""
-
 
 class Source(Protocol):
     """Differences to one base model, layer by layer, in float32 and in the table's shapes."""
@@ -100,8 +97,8 @@ class CheckpointDifference:
 
     def warnings(self) -> list[str]:
         left_out = [c for c in self._shared() if c not in self.components and self._differs(c)]
-        labels = " and the ".join(LABELS[component] for component in left_out)
-        warnings = [f"The {labels} differ too; --text-encoders takes them in."] if labels else []
+        hint = "--text-encoders takes it in"
+        warnings = [f"The {LABELS[component]} differs too; {hint}." for component in left_out]
         if self.original.special_input() and self._changed("unet.conv_in.weight"):
             warnings.append("unet.conv_in differs too; no LoRA for an ordinary U-Net can hold it.")
         embeddings = [n for n in self._others() if self._changed(n)]
@@ -119,7 +116,7 @@ class CheckpointDifference:
 
     def _differs(self, component: str) -> bool:
         names = [f"{layer}.weight" for layer in self.original.layers(component)]
-        return any(self._changed(name) for name in names[:PROBES] if name in self.tuned.places)
+        return any(self._changed(name) for name in names if name in self.tuned.places)
 
     def _others(self) -> list[str]:
         """Embedding tables of the chosen components."""
