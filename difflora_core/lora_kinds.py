@@ -56,16 +56,6 @@ def exact_pair(family: str, parts: Parts) -> Pair:
     return pair
 
 
-def rank_of_scale(family: str, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-    """The r of alpha / r; None where no factor has a rank, and alpha is only a placeholder."""
-    if family == "lora":
-        return shapes["up"][1]
-    if family == "loha":
-        return shapes["hada_w1_b"][0]
-    split = next((shapes[role] for role in ("lokr_w2_b", "lokr_w1_b") if role in shapes), None)
-    return split[0] if split else None
-
-
 def inner_told(family: str, parts: Parts) -> tuple[int, ...] | None:
     """(in, kh, kw) where the shapes of the parts tell it; None where the weight has to."""
     if family == "lora":
@@ -143,7 +133,12 @@ def _turned(a: Tensor, b: Tensor, core: Tensor | None) -> Pair:
 def _lokr(parts: Parts) -> Pair:
     """kron(w1, w2): the Kronecker products of the factors of both."""
     one, two = _kron_side(parts, "1"), _kron_side(parts, "2")
-    return Pair(torch.kron(one.up, two.up), torch.kron(one.down, two.down))
+    return Pair(_kron(one.up, two.up), _kron(one.down, two.down))
+
+
+def _kron(one: Tensor, two: Tensor) -> Tensor:
+    """As torch.kron, which fails on some transposed tensors."""
+    return rearrange(einsum(one, two, "a b, c d -> a c b d"), "a c b d -> (a c) (b d)")
 
 
 def _kron_side(parts: Parts, number: str) -> Pair:
@@ -156,7 +151,7 @@ def _kron_side(parts: Parts, number: str) -> Pair:
     pair = _turned(_matrix(parts, f"{name}_a"), _matrix(parts, f"{name}_b"), core)
     if pair.rank > min(pair.sides):
         pair = _with_identity(pair.matrix())
-    return Pair(pair.up.contiguous(), pair.down.contiguous())
+    return pair
 
 
 def _matrix(parts: Parts, role: str) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor
 from .errors import BadLoraFile
 from .lora import LayerOutline, LoraLayer
 from .lora_groups import Group
-from .lora_kinds import Misfit, exact_pair, rank_of_scale
-from .lora_scales import ConfiguredScales, scale_from_alpha
+from .lora_kinds import Misfit, exact_pair
+from .lora_scales import ConfiguredScales, scale_of
 from .tensor_file import TensorSource
 
 CHUNK = 2**20
@@ -21,7 +21,6 @@ CHUNK = 2**20
 REFINER_TEXT_WIDTH = 1280
 LARGEST = 2**17
 """features of one side of a layer of any model; a Kronecker product can claim far more"""
-_BESIDE_WEIGHTS = ("alpha", "scale", "dora")
 _DAMAGED = "The file is damaged; get it again or save it again."
 
 
@@ -104,16 +103,12 @@ def plan_layer(
 
 
 def layer_scale(name: str, group: Group, source: TensorSource, scales: ConfiguredScales) -> float:
-    """alpha / rank, by the tensors of the layer or by a configuration; 1 without either."""
-    if group.family == "full":
-        return 1.0
-    if "scale" in group.keys:  # the web UI's own spelling, which takes the place of alpha / rank
-        return scale_from_alpha(name, source.tensor(group.keys["scale"]), 1)
-    rank = rank_of_scale(group.family, group.shapes) if group.family else 1
-    if "alpha" in group.keys and rank:
-        return scale_from_alpha(name, source.tensor(group.keys["alpha"]), rank)
-    configured = scales.scale(name, rank)
-    return 1.0 if configured is None or "alpha" in group.keys else configured
+    """alpha / rank; only the numbers that say so are read."""
+    parts = {role: torch.empty(shape, device="meta") for role, shape in group.shapes.items()}
+    for role in ("alpha", "scale"):
+        if role in group.keys and prod(group.shapes[role]) == 1:  # others are refused by shape
+            parts[role] = source.tensor(group.keys[role])
+    return scale_of(name, group.family, parts, scales)
 
 
 def _weights(group: Group) -> set[str]:

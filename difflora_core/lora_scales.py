@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 from torch import Tensor
@@ -25,6 +25,39 @@ def scale_from_alpha(name: str, alpha: Tensor, rank: int) -> float:
             hint="Save the LoRA again, with alpha in float32.",
         )
     return value / rank
+
+
+def rank_of_scale(family: str, shapes: Mapping[str, Sequence[int]]) -> int | None:
+    """The r of alpha / r; None where no factor has a rank, and alpha is only a placeholder."""
+    split = {
+        "lora": ("up",),
+        "loha": ("hada_w1_b",),
+        "lokr": ("lokr_w2_b", "lokr_w1_b"),
+        "glora": ("b2",),
+    }.get(family, ())
+    role = next((role for role in split if role in shapes), None)
+    if role is None:
+        return None
+    shape = shapes[role]
+    return min(shape[:2]) if family == "glora" else shape[1 if family == "lora" else 0]
+
+
+def scale_of(
+    name: str, family: str, parts: Mapping[str, Tensor], scales: ConfiguredScales
+) -> float:
+    """alpha / rank of one layer, by its tensors or by a configuration; 1 without either.
+
+    Raises BadLoraFile for an alpha that is no finite number, where it counts.
+    """
+    if family == "full":
+        return 1.0
+    if "scale" in parts:  # the web UI's own spelling, which takes the place of alpha / rank
+        return scale_from_alpha(name, parts["scale"], 1)
+    rank = rank_of_scale(family, {role: part.shape for role, part in parts.items()})
+    if "alpha" in parts:
+        return scale_from_alpha(name, parts["alpha"], rank) if rank else 1.0
+    configured = scales.scale(name, rank)
+    return 1.0 if configured is None else configured
 
 
 class ConfiguredScales:
