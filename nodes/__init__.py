@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from . import encode, example, host, loaders, lora_files, mini_model, personalize, predict, score
+from . import (
+    encode,
+    example,
+    host,
+    loaders,
+    lora_files,
+    merge,
+    mini_model,
+    personalize,
+    predict,
+    score,
+)
 
-MODULES = (mini_model, example, loaders, encode, predict, personalize, lora_files, score)
+MODULES = (mini_model, example, loaders, encode, predict, personalize, lora_files, merge, score)
 
 
 class DiffLoRAExtension(ComfyExtension):

@@ -5,18 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import folder_paths
-import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..difflora_core.header import LoraHeader
 from ..difflora_core.key_names import detect_base
-from ..difflora_core.weights_file import lora_from_state_dict, open_lora, write_lora
-from . import host, sockets
+from ..difflora_core.weights_file import open_lora, write_lora
+from . import host, lora_models, sockets
+from .lora_models import PRECISIONS
 from .sockets import CATEGORY
 
 PLACES = ["models/loras", "output/loras"]
-PRECISIONS = {"fp16": torch.float16, "fp32": torch.float32}
 
 
 class LoadLoraFile(io.ComfyNode):
@@ -28,8 +27,9 @@ class LoadLoraFile(io.ComfyNode):
             node_id="DiffLoRA_LoadLoraFile",
             display_name="Load LoRA File",
             category=CATEGORY,
-            description="Reads a LoRA file in any usual spelling of its keys (kohya, diffusers, "
-            'PEFT) and passes it on, for "Load LoRA Model" and the LoRA nodes of DiffLoRA.',
+            description="Reads a LoRA file in any usual spelling of its keys (kohya, LyCORIS, "
+            'diffusers, PEFT) and passes it on, for "Load LoRA Model" and the LoRA nodes of '
+            "DiffLoRA.",
             inputs=[
                 io.Combo.Input(
                     "file",
@@ -51,7 +51,7 @@ class LoadLoraFile(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
-        reading = open_lora(host.listed_path("loras", file))
+        reading = open_lora(host.listed_path("loras", file), any_model=True)
         ranks = sorted(set(reading.lora.ranks.values()))
         info = [f"{reading.layout}, base {reading.base}, {len(reading.lora)} layers, rank {ranks}"]
         lora = host.LoraModel(reading.lora, reading.lora.metadata)
@@ -87,7 +87,7 @@ class SaveLora(io.ComfyNode):
                     "precision",
                     options=list(PRECISIONS),
                     default="fp16",
-                    tooltip="fp16 is what everybody uses; fp32 keeps every digit.",
+                    tooltip="fp16 is what everybody uses; fp32 keeps every digit; bf16 is coarser.",
                 ),
                 io.String.Input(
                     "trigger",
@@ -108,12 +108,12 @@ class SaveLora(io.ComfyNode):
         trigger: str,
     ) -> io.NodeOutput:
         path = host.numbered_path(_place(folder), filename_prefix)
-        metadata = getattr(lora, "metadata", {})
-        layers = lora_from_state_dict(lora, metadata)
+        (layers,) = lora_models.opened([lora])
         title = {"modelspec.title": path.stem.strip("_")}
         if trigger:
             title["modelspec.trigger_phrase"] = trigger
-        known = metadata or LoraHeader(path.stem, detect_base(layers)).to_dict()
+        base = None if layers.naming else detect_base(layers)
+        known = layers.metadata or LoraHeader(path.stem, base).to_dict()
         write_lora(layers, path, {**known, **title}, dtype=PRECISIONS[precision])
         return io.NodeOutput(str(path), ui=ui.PreviewText(f"saved {path.name}"))
 

@@ -22,14 +22,15 @@ def opened(values: Sequence[Mapping[str, Tensor]]) -> list[Lora]:
     """LoRAs of any base model. Errors: BadLoraFile that says which of the sockets it was."""
     if not values:
         raise BadLoraFile("No LoRA is connected.", hint="Connect one to lora_1.")
-    return [_opened(value, number) for number, value in enumerate(values, start=1)]
+    names = [f"LoRA {number}: " for number in range(1, len(values) + 1)]
+    return [_opened(*pair) for pair in zip(values, names if len(names) > 1 else [""], strict=True)]
 
 
-def _opened(value: Mapping[str, Tensor], number: int) -> Lora:
+def _opened(value: Mapping[str, Tensor], name: str) -> Lora:
     try:
         return lora_from_state_dict(value, getattr(value, "metadata", {}), any_model=True)
     except DiffLoRAError as error:
-        raise type(error)(f"LoRA {number}: {error.message}", hint=error.hint) from error
+        raise type(error)(name + error.message, hint=error.hint) from error
 
 
 def titles(loras: Sequence[Lora]) -> list[str]:

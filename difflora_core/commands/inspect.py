@@ -7,9 +7,15 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..lora import Lora
+from ..shell import naming, progress_line
 from ..weights_file import open_lora
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..lora import Lora
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
@@ -19,30 +25,27 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> dict:
-    reading = open_lora(args.file)
-    lora = reading.lora
+    """Layers are read one by one, so that a big file needs little memory."""
+    with naming(args.file):
+        reading = open_lora(args.file, lazy=True, any_model=True)
+        lora, outlines = reading.lora, reading.lora.outline.values()
+        norms = _norms(lora, args.file.name)
+    still = sum(norm == 0 for norm in norms.values())
+    unused = [f"{still} of {len(lora)} layers change nothing."] if still else []
     return {
         "file": args.file.name,
         "layout": reading.layout,
         "base": reading.base,
         "layers": len(lora),
-        "parameters": sum(layer.down.numel() + layer.up.numel() for layer in lora),
-        "dtype": _count(str(layer.up.dtype).removeprefix("torch.") for layer in lora),
-        "ranks": _count(layer.rank for layer in lora),
-        "alphas": _count(f"{layer.alpha:g}" for layer in lora),
-        "norms": norms_by_block(lora),
+        "parameters": _parameters(lora),
+        "dtype": _count(str(outline.dtype).removeprefix("torch.") for outline in outlines),
+        "ranks": _count(outline.rank for outline in outlines),
+        "alphas": _count(f"{outline.alpha:g}" for outline in outlines),
+        "offsets": {"count": len(lora.offsets), "norm": _size(lora.offsets)},
+        "norms": _by_block(norms),
         "header": dict(lora.metadata),
-        "warnings": list(reading.warnings),
+        "warnings": [*reading.warnings, *unused],
     }
-
-
-def norms_by_block(lora: Lora) -> dict[str, float]:
-    """Frobenius norm of all differences in each block, in the model's order."""
-    squares: dict[str, float] = {}
-    for name, norm in lora.norms().items():
-        block = _block(name)
-        squares[block] = squares.get(block, 0.0) + norm**2
-    return {block: round(math.sqrt(square), 6) for block, square in squares.items()}
 
 
 def describe(report: dict) -> str:
@@ -52,21 +55,51 @@ def describe(report: dict) -> str:
         f" ({_spread(report['dtype'])})",
         f"  rank        {_spread(report['ranks'])}",
         f"  alpha       {_spread(report['alphas'])}",
-        "  norm of the difference",
-        *(f"    {block:28s} {norm:10.4f}" for block, norm in report["norms"].items()),
     ]
+    if report["offsets"]["count"]:
+        lines.append(
+            f"  offsets     {report['offsets']['count']} biases and weights of norms,"
+            f" norm {report['offsets']['norm']:.4f}"
+        )
+    lines += ["  norm of the difference"]
+    lines += [f"    {block:28s} {norm:10.4f}" for block, norm in report["norms"].items()]
     if report["header"]:
         lines += ["  header", *(f"    {k}: {v:.200}" for k, v in sorted(report["header"].items()))]
     lines += [f"  warning: {warning}" for warning in report["warnings"]]
     return "\n".join(lines)
 
 
-def _block(name: str) -> str:
-    """`unet.down_blocks.1`, `unet.mid_block`, `text_encoder`: the level at which people look."""
-    component, block, number, *_ = name.split(".")
-    if component != "unet":
-        return component
-    return f"{component}.{block}.{number}" if block.endswith("_blocks") else f"{component}.{block}"
+def _norms(lora: Lora, name: str) -> dict[str, float]:
+    """Frobenius norm of every layer's difference."""
+    norms = {}
+    with progress_line(f"reading {name}") as progress:
+        for done, layer in enumerate(lora, start=1):
+            norms[layer.name] = layer.norm()
+            progress(done, len(lora))
+    return norms
+
+
+def _by_block(norms: Mapping[str, float]) -> dict[str, float]:
+    """Norm of all differences in each block, in the model's order."""
+    from ..merging import block_of
+
+    squares: dict[str, float] = {}
+    for name, norm in norms.items():
+        block = block_of(name)
+        squares[block] = squares.get(block, 0.0) + norm**2
+    return {block: round(math.sqrt(square), 6) for block, square in squares.items()}
+
+
+def _parameters(lora: Lora) -> int:
+    factors = (
+        outline.rank * (outline.weight_shape[0] + math.prod(outline.weight_shape[1:]))
+        for outline in lora.outline.values()
+    )
+    return sum(factors) + sum(offset.numel() for offset in lora.offsets.values())
+
+
+def _size(offsets: Mapping[str, Tensor]) -> float:
+    return math.sqrt(sum(float(offset.double().square().sum()) for offset in offsets.values()))
 
 
 def _count(values) -> dict[str, int]:

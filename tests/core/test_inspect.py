@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from difflora_core.__main__ import main
 from difflora_core.header import LoraHeader
@@ -64,9 +67,40 @@ def test_wrong_input_ends_with_2_and_a_sentence(arguments: list[str], says: str,
 
 
 def test_an_error_of_ours_ends_with_1(file: Path, capsys, monkeypatch) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("oops")
 
     monkeypatch.setattr("difflora_core.commands.inspect.open_lora", broken)
     assert main(["inspect", str(file), "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["error"] == "ZeroDivisionError: oops"
+
+
+def test_offsets_and_other_models(tmp_path: Path, capsys) -> None:
+    name = "transformer.single_transformer_blocks.3.attn.to_q"
+    tensors = {
+        f"{name}.lora_A.weight": torch.ones(2, 64),
+        f"{name}.lora_B.weight": torch.ones(64, 2),
+    }
+    save_file(tensors, tmp_path / "flux.safetensors")
+    assert main(["inspect", str(tmp_path / "flux.safetensors"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert "Flux" in report["base"] and report["ranks"] == {"2": 1}
+    assert list(report["norms"].values()) == [pytest.approx(128)]
+
+    norm, lora = "unet.conv_norm_out.weight", attention_lora("mini")
+    lora = replace(lora, offsets={norm: torch.full((64,), 0.5)})
+    write_lora(lora, tmp_path / "offset.safetensors", {})
+    assert main(["inspect", str(tmp_path / "offset.safetensors"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["offsets"] == {"count": 1, "norm": pytest.approx(4)}
+    assert main(["inspect", str(tmp_path / "offset.safetensors")]) == 0
+    assert "1 biases and weights of norms" in capsys.readouterr().out
+
+
+def test_layers_that_change_nothing_are_counted(tmp_path: Path, capsys) -> None:
+    lora = attention_lora("mini")
+    first = next(iter(lora))
+    still = {first.name: replace(first, up=torch.zeros_like(first.up))}
+    write_lora(replace(lora, layers={**lora.layers, **still}), tmp_path / "a.safetensors", {})
+    assert main(["inspect", str(tmp_path / "a.safetensors"), "--json"]) == 0
+    assert "1 of 56 layers change nothing." in json.loads(capsys.readouterr().out)["warnings"]

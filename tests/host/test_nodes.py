@@ -13,7 +13,7 @@ from prompts import SHIPPED, kept, node, predicted, saved_lora, with_lora_file
 EXPECTED = {
     "LoadMiniModel", "LoadPredictor", "LoadFaceEncoder", "LoadImageEncoder", "EncodeFaceFeatures",
     "SaveFaceFeatures", "LoadFaceFeatures", "PredictLora", "Personalize", "LoadLoraFile",
-    "SaveLora", "Likeness", "ExamplePhoto",
+    "SaveLora", "Likeness", "ExamplePhoto", "MergeLoRAs", "CompareLoRAs", "ResizeLoRA",
 }  # fmt: skip
 
 
