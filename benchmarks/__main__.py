@@ -1,4 +1,4 @@
-"""`python -m benchmarks NAME --json OUT`; NAME is predict, factory or all."""
+"""`python -m benchmarks NAME --json OUT`; NAME is predict, factory, merge or all."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from . import factory, predict
+from . import factory, merge, predict
 from .measuring import Case
 
-BENCHMARKS = {"predict": predict.run, "factory": factory.run}
+BENCHMARKS = {"predict": predict.run, "factory": factory.run, "merge": merge.run}
 
 
 def main() -> None:

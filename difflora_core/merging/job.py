@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,7 +17,7 @@ from .inputs import MergeInput, MergeSettings, block_factor
 from .methods import METHODS
 from .rules import RankRule, ranks_within
 from .stack import Options, Product, Stack
-from .truncation import balanced, decompose, is_wide, truncate_dense
+from .truncation import balanced, is_wide, truncate_dense, truncated
 from .weighting import layer_weights, overall_weights
 
 Progress = Callable[[int, int], None]
@@ -52,13 +52,14 @@ class Job:
         return [entry.lora.norms() for entry in self.inputs]
 
     @cached_property
+    def held(self) -> list[Mapping[str, LayerOutline]]:
+        """Outlines of the layers that every input has."""
+        return [entry.lora.outline for entry in self.inputs]
+
+    @cached_property
     def outlines(self) -> dict[str, LayerOutline]:
         """One outline per layer, for its shape."""
-        found: dict[str, LayerOutline] = {}
-        for entry in self.inputs:
-            for name, outline in entry.lora.outline.items():
-                found.setdefault(name, outline)
-        return found
+        return {name: outline for outlines in self.held for name, outline in outlines.items()}
 
     def results(self, progress: Progress | None) -> Iterator[Result]:
         """Every layer merged, in batches of equal shapes, so not in order."""
@@ -112,7 +113,7 @@ class Job:
         """Layers of equal shape and ranks together, as many as memory allows."""
         groups: dict[tuple[int, int, tuple[int, ...]], list[str]] = {}
         for name in self.weights:
-            holders = [e.lora.outline[name] for e in self.inputs if name in e.lora.outline]
+            holders = [outlines[name] for outlines in self.held if name in outlines]
             ranks = tuple(outline.rank for outline in holders)
             groups.setdefault((*_matrix_shape(holders[0]), ranks), []).append(name)
         for (rows, columns, ranks), names in groups.items():
@@ -120,7 +121,7 @@ class Job:
             yield from (names[i : i + size] for i in range(0, len(names), size))
 
     def _stack(self, name: str) -> Stack:
-        present = [i for i, entry in enumerate(self.inputs) if name in entry.lora.outline]
+        present = [i for i, outlines in enumerate(self.held) if name in outlines]
         layers = [self.inputs[i].lora.layers[name] for i in present]
         return Stack.of(layers, [self.weights[name][i] for i in present], self.device)
 
@@ -157,8 +158,7 @@ def limited(
         for (up, down), rule in zip(products, rules, strict=True):
             yield truncate_dense(up @ down, rule, dtype)
         return
-    for core, rule in zip(decompose(products), rules, strict=True):
-        yield core.truncated(rule.choose(core.sigma, core.norm), dtype)
+    yield from truncated(products, rules, dtype)
 
 
 def whole(product: Product, dtype: torch.dtype) -> Factors:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 #: columns beyond the wanted ones in every block
-_EXTRA = 8
-#: blocks between two looks at the result
-_BLOCKS = 2
-#: the iteration ends when a look finds this share of the remaining energy or less
-_GAIN = 1e-5
+_EXTRA = 4
+#: the iteration ends when this share of the remaining energy, or less, is still to come
+_GAIN = 5e-6
 #: from this share of the smaller side on, a full decomposition is cheaper
 _SHARE = 0.4
 
@@ -31,26 +31,38 @@ def top_singular(matrix: Tensor, rank: int, seed: int = 0) -> Singular:
     return _krylov(matrix, rank, seed) or _full(matrix, rank)
 
 
+def frobenius(matrix: Tensor) -> float:
+    """Frobenius norm; rows in the matrix's own precision, their sum in float64."""
+    return float(torch.linalg.vector_norm(matrix, dim=1).double().norm())
+
+
 def _krylov(matrix: Tensor, rank: int, seed: int) -> Singular | None:
     """None when the basis would outgrow its use."""
     width, most = rank + _EXTRA, int(_SHARE * matrix.shape[0])
     if 3 * width > most:
         return None
-    total = float(matrix.square().sum())
+    total = frobenius(matrix) ** 2
     space = _Krylov(matrix, most)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(matrix.shape[1], width, generator=generator).to(matrix)
     space.add(matrix @ noise)
-    captured = -1.0
-    while space.size + _BLOCKS * width <= most:
-        for _ in range(_BLOCKS):
-            space.add(matrix @ space.images[:, space.size - width : space.size])
+    energies: list[float] = []
+    while space.size + width <= most:
+        space.add(matrix @ space.images[:, space.size - width : space.size])
         squares, vectors = torch.linalg.eigh(space.gram[: space.size, : space.size])
-        energy = float(squares[-rank:].sum())
-        if energy - captured <= _GAIN * (total - energy) + 1e-12 * total:
+        energies.append(float(squares[-rank:].sum()))
+        if _to_come(energies) <= _GAIN * (total - energies[-1]) + 1e-12 * total:
             return space.singular(squares.flip(-1)[:rank], vectors.flip(-1)[:, :rank])
-        captured = energy
     return None
+
+
+def _to_come(energies: list[float]) -> float:
+    """Energy that further blocks will add, if gains go on falling as they do (at least by half)."""
+    if len(energies) < 3:
+        return math.inf
+    before, gain = energies[-2] - energies[-3], max(energies[-1] - energies[-2], 0.0)
+    fall = min(gain / before, 0.5) if before > 0 else 0.5
+    return gain * fall / (1 - fall)
 
 
 class _Krylov:
@@ -66,10 +78,10 @@ class _Krylov:
     def add(self, block: Tensor) -> None:
         """Widen the basis by the part of a block [out, l] outside it."""
         old, new = slice(self.size), slice(self.size, self.size + block.shape[1])
-        for _ in range(2 if self.size else 1):  # once is not enough in single precision
-            basis = self.basis[:, old]
-            block = _orthonormal(block - basis @ (basis.mT @ block))
-        self.basis[:, new] = block
+        basis = self.basis[:, old]
+        for _ in range(2 if self.size else 0):  # once is not enough in single precision
+            block = block - basis @ (basis.mT @ block)
+        block = self.basis[:, new] = _orthonormal(block)
         self.images[:, new] = self.matrix.mT @ block
         self.exact_images[:, new] = self.images[:, new]
         self.size = new.stop

@@ -38,8 +38,8 @@ def report(job: Job, certificates: Mapping[str, Certificate], seconds: float) ->
         "method": settings.method,
         "weighting": settings.weighting,
         "inputs": [
-            {"title": entry.title, "weight": weight, "layers": len(entry.lora.outline)}
-            for entry, weight in zip(job.inputs, weights, strict=True)
+            {"title": entry.title, "weight": weight, "layers": len(held)}
+            for entry, weight, held in zip(job.inputs, weights, job.held, strict=True)
         ],
         "layers": len(certificates),
         "ranks": dict(Counter(c.rank for c in certificates.values()).most_common()),
@@ -120,7 +120,7 @@ def _warnings(job: Job) -> list[str]:
     warnings = [_FACTOR_WARNING] if method.name == "factor_average" else []
     if method.uses_density and settings.density == 1 and method.name in ("dare", "della"):
         warnings.append(f"{method.name} with density 1 drops nothing.")
-    alone = [name for name in job.weights if _holders(job.inputs, name) == 1]
+    alone = [name for name in job.weights if sum(name in held for held in job.held) == 1]
     if len(job.inputs) > 1 and alone:
         warnings.append(
             f"{len(alone)} of {len(job.weights)} layers are in one LoRA only ({alone[0]}); the "
@@ -130,7 +130,3 @@ def _warnings(job: Job) -> list[str]:
     if empty:
         warnings.append(f"{empty} layers have weight 0 in every LoRA.")
     return warnings
-
-
-def _holders(inputs: Sequence[MergeInput], name: str) -> int:
-    return sum(name in entry.lora.outline for entry in inputs)

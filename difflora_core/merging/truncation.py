@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 
 from .certificate import Certificate, certify, certify_dense
-from .krylov import top_singular
+from .krylov import frobenius, top_singular
 from .rules import RankRule
 
-#: smallest ratio of Cholesky pivots that counts as well conditioned
-_CONDITION = 1e-5
+#: smallest ratio of Cholesky pivots that counts as well conditioned, by precision of the Grams
+_CONDITION = {torch.float64: 1e-5, torch.float32: 3e-2}
+#: share of the squared norm that has to be lost for float32 Grams to be exact enough
+_COARSE = 0.05
 #: from this share of the layer's smaller side on, a sum is built and treated as a dense matrix
 _WIDE = 0.3
 
@@ -46,6 +48,8 @@ class Core:
     sigma: Tensor
     left: Tensor
     right: Tensor
+    sound: bool = True
+    """False: too close to singular for the Cholesky factor, so nothing here is to be used"""
 
     @property
     def norm(self) -> float:
@@ -57,31 +61,63 @@ class Core:
         """Number of singular values above the noise, at least 1."""
         return meaningful(self.sigma)
 
+    def lost(self, rank: int) -> float:
+        """Share of the squared norm beyond the first `rank` singular values."""
+        squares = self.sigma.square()
+        return float(squares[rank:].sum() / squares.sum()) if self.norm else 0.0
+
     def truncated(self, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Certificate]:
         """(down [k, in], up [out, k], certificate); both factors carry the root of sigma."""
         rank = min(rank, self.meaningful)
         root = self.sigma[:rank].sqrt().clamp_min(1e-150)
-        up = (self.up @ (self.left[:, :rank] * root)).to(dtype)
-        down = ((self.right[:, :rank] / root).mT @ self.down).to(dtype)
+        up = self.up @ (self.left[:, :rank] * root).to(self.up)
+        down = (self.right[:, :rank] / root).mT.to(self.down) @ self.down
+        up, down = up.to(dtype), down.to(dtype)
         return down, up, certify(self.up, self.down, up, down, self.norm, self.sigma)
 
 
-def decompose(products: Sequence[tuple[Tensor, Tensor]]) -> list[Core]:
-    """Cores of products (up [out, R], down [R, in]) of one common shape."""
-    up = torch.stack([u for u, _ in products]).double()
-    down = torch.stack([d for _, d in products]).double()
-    up, down = balanced(up, down)
-    gram = up.mT @ up
-    lower, info = torch.linalg.cholesky_ex(gram)
-    pivots = lower.diagonal(dim1=-2, dim2=-1)
-    sound = (info == 0) & (pivots.amin(-1) > _CONDITION * pivots.amax(-1))
+def truncated(
+    products: Sequence[tuple[Tensor, Tensor]], rules: Sequence[RankRule], dtype: torch.dtype
+) -> list[tuple[Tensor, Tensor, Certificate]]:
+    """Products of one shape, each limited by its rule: (down [k, in], up [out, k], certificate).
+
+    Gram matrices in float32 are several times as fast and good to 1e-6 of the squared norm. Where
+    that is little beside what the rank drops anyway, they decide; else float64 does.
+    """
+    done: dict[int, tuple[Tensor, Tensor, Certificate]] = {}
+    for i, core in enumerate(decompose(products, torch.float32)):
+        rank = rules[i].choose(core.sigma, core.norm)
+        if core.sound and core.lost(rank) > _COARSE:
+            done[i] = core.truncated(rank, dtype)
+    rest = [i for i in range(len(products)) if i not in done]
+    for i, core in zip(rest, decompose([products[i] for i in rest]), strict=True):
+        done[i] = core.truncated(rules[i].choose(core.sigma, core.norm), dtype)
+    return [done[i] for i in range(len(products))]
+
+
+def decompose(
+    products: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype = torch.float64
+) -> list[Core]:
+    """Cores of products (up [out, R], down [R, in]) of one common shape; dtype: of the Grams."""
+    if not products:
+        return []
+    up = torch.stack([up.to(dtype) for up, _ in products])
+    down = torch.stack([down.to(dtype) for _, down in products])
+    gram, other = (up.mT @ up).double(), (down @ down.mT).double()
+    even = _evening(gram.diagonal(dim1=1, dim2=2), other.diagonal(dim1=1, dim2=2))[:, :, None]
+    gram, other = gram * even * even.mT, other / even / even.mT
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    pivots = lower.diagonal(dim1=1, dim2=2)
+    sound = (failed == 0) & (pivots.amin(1) > _CONDITION[dtype] * pivots.amax(1))
     lower = torch.where(sound[:, None, None], lower, torch.eye(gram.shape[-1]).to(gram))
-    squares, vectors = torch.linalg.eigh(lower.mT @ (down @ down.mT) @ lower)
+    squares, vectors = torch.linalg.eigh(lower.mT @ other @ lower)
     vectors, sigma = vectors.flip(-1), squares.clamp_min(0).sqrt().flip(-1)
-    left = torch.linalg.solve_triangular(lower.mT, vectors, upper=True)
-    right = lower @ vectors
+    left = even * torch.linalg.solve_triangular(lower.mT, vectors, upper=True)
+    right = lower @ vectors / even
     return [
-        Core(up[i], down[i], sigma[i], left[i], right[i]) if ok else _by_qr(up[i], down[i])
+        Core(up[i], down[i], sigma[i], left[i], right[i], ok)
+        if ok or dtype == torch.float32
+        else _by_qr(up[i], down[i])
         for i, ok in enumerate(sound.tolist())
     ]
 
@@ -95,7 +131,7 @@ def truncate_dense(
     the result has full rank.
     """
     matrix = delta.flatten(1)
-    norm = float(matrix.double().norm())
+    norm = frobenius(matrix)
     u, sigma, vt = _limited(matrix, rule, norm)
     rank = min(rule.choose(sigma, norm), meaningful(sigma))
     root = sigma[:rank].sqrt()
@@ -113,11 +149,14 @@ def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
 
     That is the best conditioning that costs nothing, and the safest form for 16-bit files.
     """
-    columns, rows = up.norm(dim=-2), down.norm(dim=-1)
-    live = (rows > 0) & (columns > 0)
-    factor = torch.where(live, (rows / torch.where(live, columns, 1.0)).sqrt(), 0.0)
-    inverse = torch.where(live, 1 / torch.where(live, factor, 1.0), 0.0)
-    return up * factor.unsqueeze(-2), down * inverse.unsqueeze(-1)
+    even = _evening(up.square().sum(0), down.square().sum(1))
+    return up * even, down / even[:, None]
+
+
+def _evening(up: Tensor, down: Tensor) -> Tensor:
+    """Factors for columns of up from squared lengths of both sides; 1 where one of them is 0."""
+    live = (up > 0) & (down > 0)
+    return torch.where(live, down / torch.where(live, up, 1.0), 1.0) ** 0.25
 
 
 def _by_qr(up: Tensor, down: Tensor) -> Core:

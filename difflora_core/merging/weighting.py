@@ -52,7 +52,8 @@ def layer_weights(
     scales = _scales(settings.weighting, norms, names)
 
     def weight(index: int, name: str) -> float:
-        factor = block_factor(inputs[index].blocks, block_of(name))
+        blocks = inputs[index].blocks
+        factor = block_factor(blocks, block_of(name)) if blocks else 1.0
         return overall[index] * factor * (scales[index][name] if scales else 1.0)
 
     return {name: [weight(i, name) for i in range(len(inputs))] for name in names}
