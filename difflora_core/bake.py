@@ -13,18 +13,19 @@ from torch import Tensor
 
 from . import __version__
 from .checkpoint_names import Slot
-from .checkpoints import LABELS, Checkpoint, same_shape
+from .checkpoints import FIRST_WEIGHT, LABELS, Checkpoint
 from .errors import BadWeightsFile, LayoutMismatch
 from .extract_parts import refuse_full_disk
+from .extract_sources import changed_shapes
 from .header import without_weight_facts
 from .lora import Lora
 from .lora_groups import counted
+from .lora_on_base import LoraOnBase
 from .tensor_file import TensorFile
 from .tensor_writing import TensorOutline, in_order, write_tensors
 
 Progress = Callable[[int, int], None]
 
-FIRST_LAYER = "unet.conv_in"
 HASH = "modelspec.hash_sha256"
 
 
@@ -32,7 +33,7 @@ HASH = "modelspec.hash_sha256"
 class BakeInput:
     """One LoRA with the strength that it gets."""
 
-    lora: Lora
+    lora: Lora | LoraOnBase
     title: str
     weight: float = 1.0
 
@@ -91,15 +92,26 @@ class Change:
     """What one LoRA adds to one parameter."""
 
     name: str
+    shape: tuple[int, ...]
+    """of the parameter as the LoRA has it"""
     slot: Slot
     given: BakeInput
 
-    def delta(self) -> Tensor:
-        """The difference in float32, in the shape that the LoRA has for it."""
+    def add(self, total: Tensor, before: Tensor) -> None:
+        """Add the difference to `total`, which stands for the tensor that was `before`."""
+        place, original = self.slot.view(total), self.slot.view(before)
+        if self.name == FIRST_WEIGHT:  # the latent comes first in a wider input
+            place, original = place[:, : self.shape[1]], original[:, : self.shape[1]]
+        delta = self._delta(original.float().reshape(self.shape))
+        place += self.given.weight * delta.reshape(place.shape)
+
+    def _delta(self, original: Tensor) -> Tensor:
         lora, layer = self.given.lora, self.name.removesuffix(".weight")
-        if self.name in lora.offsets:
-            return lora.offsets[self.name].float() * self.given.weight
-        return lora.layers[layer].delta().mul_(self.given.weight)
+        if isinstance(lora, Lora):
+            layers = lora.layers
+            return lora.offsets[self.name] if self.name in lora.offsets else layers[layer].delta()
+        change = lora.offsets.get(self.name) or lora.deltas[layer]
+        return change(original)
 
 
 def _changes(
@@ -108,47 +120,36 @@ def _changes(
     """Changes by the key of the tensor in the file."""
     changes: dict[str, list[Change]] = {}
     for given in inputs:
-        for name in _usable(checkpoint, given, warnings) if given.weight else ():
+        shapes = changed_shapes(given.lora)
+        for name in _usable(checkpoint, given, shapes, warnings) if given.weight else ():
             slot = checkpoint.places[name].slot
-            changes.setdefault(slot.key, []).append(Change(name, slot, given))
+            changes.setdefault(slot.key, []).append(Change(name, shapes[name], slot, given))
     return changes
 
 
-def _usable(checkpoint: Checkpoint, given: BakeInput, warnings: list[str]) -> list[str]:
+def _usable(
+    checkpoint: Checkpoint,
+    given: BakeInput,
+    shapes: Mapping[str, tuple[int, ...]],
+    warnings: list[str],
+) -> list[str]:
     """Parameters of the LoRA that the checkpoint has. Raises LayoutMismatch for another model."""
-    shapes = _parameter_shapes(given.lora)
     absent = {name.partition(".")[0] for name in shapes} - {*checkpoint.components}
     names = [name for name in shapes if name.partition(".")[0] not in absent]
-    strange = [name for name in names if not _fits(checkpoint, name, shapes[name])]
-    if given.lora.naming or strange or not names:
-        found = f"{counted(strange or list(shapes), 'parameter')}"
+    strange = checkpoint.misfits({name: shapes[name] for name in names})
+    if strange or not names:
+        found = counted(strange or list(shapes), "parameter")
         raise LayoutMismatch(
             f"{given.title} does not fit {checkpoint.path.name}, which is of {checkpoint.base}: "
             f"{found} of the LoRA have no place there.",
             hint="The LoRA was made for another model, or for a part that the file does not hold.",
         )
-    for component in sorted(absent):
-        count = sum(name.startswith(f"{component}.") for name in shapes)
-        warnings.append(
-            f"{checkpoint.path.name} holds no {LABELS[component]}: {count} layers of {given.title} "
-            "were left out."
-        )
+    warnings += [
+        f"{checkpoint.path.name} holds no {LABELS.get(component, component)}; "
+        f"what {given.title} changes there was left out."
+        for component in sorted(absent)
+    ]
     return names
-
-
-def _parameter_shapes(lora: Lora) -> dict[str, tuple[int, ...]]:
-    """Shapes of all differences by parameter name."""
-    layers = {f"{name}.weight": outline.weight_shape for name, outline in lora.outline.items()}
-    return layers | {name: tuple(offset.shape) for name, offset in lora.offsets.items()}
-
-
-def _fits(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> bool:
-    place = checkpoint.places.get(name)
-    if place is None:
-        return False
-    if name == f"{FIRST_LAYER}.weight":  # inpainting models take the latent and more
-        return place.shape[1] >= shape[1]
-    return same_shape(place.shape, shape)
 
 
 def _header(checkpoint: Checkpoint, inputs: Sequence[BakeInput]) -> dict[str, str]:
@@ -180,10 +181,7 @@ def _changed(key: str, tensor: Tensor, changes: Sequence[Change]) -> Tensor:
     wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     total = tensor.to(wide, copy=True)
     for change in changes:
-        view, delta = change.slot.view(total), change.delta()
-        if change.name == f"{FIRST_LAYER}.weight":  # the latent comes first in a wider input
-            view = view[:, : delta.shape[1]]
-        view += delta.reshape(view.shape)
+        change.add(total, tensor)
     result = total.to(tensor.dtype)
     if not bool(torch.isfinite(result.float()).all()):
         raise BadWeightsFile(

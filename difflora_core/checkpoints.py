@@ -21,6 +21,7 @@ from .lora_groups import counted
 from .tensor_file import TensorFile
 
 COMPONENTS = ("unet", *TEXT_COMPONENTS)
+FIRST_WEIGHT = "unet.conv_in.weight"
 LABELS = {"unet": "U-Net", "text_encoder": "text encoder", "text_encoder_2": "second text encoder"}
 # Where the models lie in a folder: diffusers' names, then those of the mini world.
 _FILES = {
@@ -110,9 +111,24 @@ class Checkpoint:
         shape = module_table(self.base).shapes[layer]
         return self.places[f"{layer}.weight"].read().float().reshape(shape)
 
+    def misfits(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """Which of these parameters (with these shapes) the checkpoint does not have.
+
+        The first convolution may take more channels than asked for: the latent comes first.
+        """
+        return [name for name, shape in shapes.items() if not self._has(name, shape)]
+
+    def _has(self, name: str, shape: tuple[int, ...]) -> bool:
+        place = self.places.get(name)
+        if place is None:
+            return False
+        if name == FIRST_WEIGHT:
+            return place.shape[1] >= shape[1]
+        return same_shape(place.shape, shape)
+
     def special_input(self) -> str | None:
         """What kind of model it is when its U-Net takes more than the latent; None: ordinary."""
-        place = self.places.get("unet.conv_in.weight")
+        place = self.places.get(FIRST_WEIGHT)
         channels = place.shape[1] if place else 4
         return None if channels == 4 else _SPECIAL_INPUTS.get(channels, "a special model")
 
@@ -208,7 +224,11 @@ def _refuse_incomplete(checkpoint: Checkpoint) -> None:
         )
     found = {layer: checkpoint.places.get(f"{layer}.weight") for layer in layers}
     for layer, place in found.items():
-        if place and layer != "unet.conv_in" and not same_shape(place.shape, shapes[layer]):
+        if (
+            place
+            and f"{layer}.weight" != FIRST_WEIGHT
+            and not same_shape(place.shape, shapes[layer])
+        ):
             raise BadWeightsFile(
                 f"{layer} of {name} has the shape {list(place.shape)}.",
                 hint=f"The {checkpoint.base} layer has the weight {list(shapes[layer])}.",

@@ -72,7 +72,8 @@ def extract(
             "Nothing differs in any layer that a LoRA can hold, so there is nothing to extract.",
             hint="The two inputs have the same weights.",
         )
-    header = LoraHeader(title=settings.title or out.stem, base=source.base).to_dict()
+    title = settings.title or out.stem
+    header = {**source.metadata(), **LoraHeader(title=title, base=source.base).to_dict()}
     lora = Lora(_lazy(certificates, parts, source.base, settings.dtype), header, offsets)
     write_lora(lora, out, header, settings.overwrite, settings.dtype)
     parts.remove()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -10,9 +10,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .checkpoints import LABELS, Checkpoint
-from .errors import LayoutMismatch
+from .checkpoints import FIRST_WEIGHT, LABELS, Checkpoint
+from .errors import BadLoraFile, LayoutMismatch
+from .header import without_weight_facts
 from .key_names import module_table
+from .lora import Lora
+from .lora_groups import counted
+from .lora_on_base import LoraOnBase, open_lora_needing_base
 
 
 class Source(Protocol):
@@ -36,6 +40,10 @@ class Source(Protocol):
 
     def identity(self) -> list:
         """JSON values that change when the inputs do."""
+        ...
+
+    def metadata(self) -> Mapping[str, str]:
+        """Header fields to take over."""
         ...
 
     def warnings(self) -> list[str]: ...
@@ -95,11 +103,14 @@ class CheckpointDifference:
         files = (*self.tuned.files, *self.original.files)
         return [[*self.components], *(file_identity(file.path) for file in files)]
 
+    def metadata(self) -> dict[str, str]:
+        return {}
+
     def warnings(self) -> list[str]:
         left_out = [c for c in self._shared() if c not in self.components and self._differs(c)]
         hint = "--text-encoders takes it in"
         warnings = [f"The {LABELS[component]} differs too; {hint}." for component in left_out]
-        if self.original.special_input() and self._changed("unet.conv_in.weight"):
+        if self.original.special_input() and self._changed(FIRST_WEIGHT):
             warnings.append("unet.conv_in differs too; no LoRA for an ordinary U-Net can hold it.")
         embeddings = [n for n in self._others() if self._changed(n)]
         warnings += [f"{name} differs too, which no LoRA can hold." for name in embeddings]
@@ -128,6 +139,81 @@ class CheckpointDifference:
     def _fits(checkpoint: Checkpoint, layer: str, shape: tuple[int, ...]) -> bool:
         place = checkpoint.places.get(f"{layer}.weight")
         return place is not None and place.shape[:2] == shape[:2]
+
+
+@dataclass(frozen=True, eq=False)
+class LoraOnCheckpoint:
+    """What a LoRA of any kind does to one base model: DoRA and its like depend on its weights."""
+
+    lora: LoraOnBase
+    path: Path
+    checkpoint: Checkpoint
+
+    @classmethod
+    def open(cls, lora: str | Path, base: str | Path) -> LoraOnCheckpoint:
+        """Raises LayoutMismatch when the LoRA is for another model, and for bad files."""
+        path, opened, checkpoint = Path(lora), open_lora_needing_base(lora), Checkpoint.open(base)
+        strange = checkpoint.misfits(changed_shapes(opened))
+        if checkpoint.special_input() and "unet.conv_in" in opened.deltas:
+            strange.append(FIRST_WEIGHT)
+        if strange:
+            absent = {n.partition(".")[0] for n in strange} - {*checkpoint.components}
+            raise LayoutMismatch(
+                f"{path.name} does not fit {checkpoint.path.name}, which is of {checkpoint.base}: "
+                f"{counted(strange, 'parameter')} of the LoRA have no place there.",
+                hint=f"The file holds no {LABELS[min(absent)]}; give a whole checkpoint."
+                if absent
+                else "The LoRA was made for another model.",
+            )
+        return cls(opened, path, checkpoint)
+
+    @property
+    def base(self) -> str:
+        return self.lora.base if self.lora.base in self.checkpoint.bases else self.checkpoint.base
+
+    @property
+    def layers(self) -> list[str]:
+        return [name for name in module_table(self.base).shapes if name in self.lora.deltas]
+
+    def delta(self, layer: str) -> Tensor | None:
+        delta = self.lora.deltas[layer](self.checkpoint.weight(layer))
+        return self._checked(layer, delta) if bool(delta.any()) else None
+
+    def offsets(self) -> dict[str, Tensor]:
+        found = {
+            n: f(self.checkpoint.places[n].read().float()) for n, f in self.lora.offsets.items()
+        }
+        return {name: self._checked(name, delta) for name, delta in found.items() if delta.any()}
+
+    def identity(self) -> list:
+        paths = [self.path, self.path.with_name("adapter_config.json")]
+        paths += [file.path for file in self.checkpoint.files]
+        return [file_identity(path) for path in paths if path.is_file()]
+
+    def metadata(self) -> dict[str, str]:
+        return without_weight_facts(self.lora.metadata)
+
+    def warnings(self) -> list[str]:
+        return list(self.lora.warnings)
+
+    def _checked(self, name: str, delta: Tensor) -> Tensor:
+        if not bool(torch.isfinite(delta).all()):
+            raise BadLoraFile(
+                f"{self.path.name} gives no finite difference for {name}.",
+                hint="Is this the base model that it was trained on?",
+            )
+        return delta
+
+
+def changed_shapes(lora: Lora | LoraOnBase) -> dict[str, tuple[int, ...]]:
+    """Shapes of all differences, by parameter name."""
+    if isinstance(lora, Lora):
+        shapes = {f"{name}.weight": one.weight_shape for name, one in lora.outline.items()}
+        return shapes | {name: tuple(offset.shape) for name, offset in lora.offsets.items()}
+    table = module_table(lora.base)
+    shapes = {f"{name}.weight": table.shapes[name] for name in lora.deltas}
+    modules = {name: name.rpartition(".")[0] for name in lora.offsets}
+    return shapes | {name: table.module_shape(module)[:1] for name, module in modules.items()}
 
 
 def file_identity(path: Path) -> list:

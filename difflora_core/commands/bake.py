@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..merge_options import weights_for
-from ..shell import check_free, open_input, progress_line
+from ..shell import check_free, naming, open_input, progress_line
+
+if TYPE_CHECKING:
+    from ..lora import Lora
+    from ..lora_on_base import LoraOnBase
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
@@ -28,19 +33,30 @@ def run(args: argparse.Namespace) -> dict:
 
     check_free(args.out, args.overwrite)
     weights = weights_for(len(args.lora), args.weights)
-    readings = [open_input(path) for path in args.lora]
+    opened = [_open(path) for path in args.lora]
     inputs = [
-        BakeInput(reading.lora, path.stem, weight)
-        for reading, path, weight in zip(readings, args.lora, weights, strict=True)
+        BakeInput(lora, path.stem, weight)
+        for (lora, _), path, weight in zip(opened, args.lora, weights, strict=True)
     ]
     with progress_line(f"writing {args.out.name}") as progress:
         report = bake(args.base, inputs, args.out, args.overwrite, progress)
-    noticed = [
-        f"{path.name}: {warning}"
-        for reading, path in zip(readings, args.lora, strict=True)
-        for warning in reading.warnings
-    ]
+    noticed = [warning for _, warnings in opened for warning in warnings]
     return {**report, "warnings": [*report["warnings"], *noticed]}
+
+
+def _open(path: Path) -> tuple[Lora | LoraOnBase, list[str]]:
+    """A LoRA of any kind, with warnings: DoRA and its like become differences on the base."""
+    from ..lora_families import needs_base
+    from ..lora_on_base import open_lora_needing_base
+    from ..tensor_file import TensorFile
+
+    with naming(path):
+        if needs_base(TensorFile(path)):
+            lora = reading = open_lora_needing_base(path)
+        else:
+            reading = open_input(path)
+            lora = reading.lora
+    return lora, [f"{path.name}: {warning}" for warning in reading.warnings]
 
 
 def describe(report: dict) -> str:

@@ -70,12 +70,10 @@ def describe(report: dict) -> str:
 
 
 def _source(args: argparse.Namespace) -> Source:
-    from ..extract_sources import CheckpointDifference
+    from ..extract_sources import CheckpointDifference, LoraOnCheckpoint
 
     if args.tuned:
         return CheckpointDifference.open(args.tuned, args.base, args.text_encoders)
     if args.text_encoders:
         raise BadConfig("--text-encoders goes with --tuned.", hint="A LoRA names its own layers.")
-    from ..extract_sources import LoraOnCheckpoint
-
     return LoraOnCheckpoint.open(args.lora, args.base)
