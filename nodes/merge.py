@@ -41,8 +41,15 @@ SIZES = {
     "megabytes": lambda amount: RankRule(megabytes=amount),
 }
 AS_GIVEN = 0
-ADVANCED = {"advanced": True}
-"""for inputs that newer editors hide until they are asked for"""
+
+
+def advanced(widget: io.Input) -> io.Input:
+    """The input, hidden until it is asked for by editors that can do so (ComfyUI 0.10 and newer).
+
+    Set afterwards, since older versions refuse the argument.
+    """
+    widget.advanced = True
+    return widget
 
 
 def size_inputs(default: str, amount: float) -> list[io.Input]:
@@ -117,34 +124,37 @@ class MergeLoras(io.ComfyNode):
                     step=0.05,
                     tooltip="Scale the weights to this sum; 0 leaves it to the method.",
                 ),
-                io.Float.Input(
-                    "density",
-                    default=0.5,
-                    min=0.01,
-                    max=1.0,
-                    step=0.01,
-                    optional=True,
-                    tooltip="Share of values kept by ties, dare, della, knots and core_space.",
-                    extra_dict=ADVANCED,
+                advanced(
+                    io.Float.Input(
+                        "density",
+                        default=0.5,
+                        min=0.01,
+                        max=1.0,
+                        step=0.01,
+                        optional=True,
+                        tooltip="Share of values kept by ties, dare, della, knots and core_space.",
+                    )
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**53 - 1,
-                    control_after_generate=True,
-                    optional=True,
-                    tooltip="For the methods that draw at random, dare and della.",
-                    extra_dict=ADVANCED,
+                advanced(
+                    io.Int.Input(
+                        "seed",
+                        default=0,
+                        min=0,
+                        max=2**53 - 1,
+                        control_after_generate=True,
+                        optional=True,
+                        tooltip="For the methods that draw at random, dare and della.",
+                    )
                 ),
-                io.String.Input(
-                    "blocks",
-                    default="",
-                    multiline=True,
-                    optional=True,
-                    tooltip="Factors per block, one line per LoRA (- for none), such as: "
-                    "unet.mid_block=0.5, text_encoder=0. Empty: none.",
-                    extra_dict=ADVANCED,
+                advanced(
+                    io.String.Input(
+                        "blocks",
+                        default="",
+                        multiline=True,
+                        optional=True,
+                        tooltip="Factors per block, one line per LoRA (- for none), such as: "
+                        "unet.mid_block=0.5, text_encoder=0. Empty: none.",
+                    )
                 ),
             ],
             outputs=[
