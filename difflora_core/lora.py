@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from einops import rearrange
@@ -152,7 +153,7 @@ class Lora:
     def __len__(self) -> int:
         return len(self.layers)
 
-    @property
+    @cached_property
     def outline(self) -> Mapping[str, LayerOutline]:
         """Rank, shape, dtype and scale of every layer, by name; reads no weights."""
         if isinstance(self.layers, LazyLayers):

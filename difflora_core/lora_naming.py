@@ -35,6 +35,10 @@ def recognise(
     hint = base_named_in(metadata) or _base_told_by_prefix(groups)
     base = hint if hint in open_bases else open_bases[0]
     if len(open_bases) > 1 and hint not in open_bases:
+        alike = {name: _alike(groups, module_table(name)) for name in open_bases}
+        open_bases = [name for name in open_bases if alike[name] == max(alike.values())]
+        base = open_bases[0]
+    if len(open_bases) > 1 and hint not in open_bases:
         warnings.append(f"The layers fit {' and '.join(open_bases)}; read as {base}.")
     if hint and hint not in open_bases:
         warnings.append(f"The header says {hint}, but the layers are those of {base}.")
@@ -49,6 +53,16 @@ def _score(groups: Mapping[str, Group], table: ModuleTable) -> tuple[int, int]:
         names += bool(found)
         fits += any(_fits(group, table, name) for name in found)
     return fits, names
+
+
+def _alike(groups: Mapping[str, Group], table: ModuleTable) -> int:
+    """Factors with as many dimensions as the weight: SD 1.x projects by 1x1 convolutions."""
+    return sum(
+        len(group.shapes["down"]) == len(table.module_shape(name))
+        for module, group in groups.items()
+        if "down" in group.shapes
+        for name in list(table.find(Spelled.parse(module)))[:1]
+    )
 
 
 def _base_told_by_prefix(groups: Mapping[str, Group]) -> str | None:

@@ -53,7 +53,10 @@ def _refuse_misfit(
     name, _, kind = parameter.rpartition(".")
     expected = table.module_shape(name) if kind == "weight" else table.bias_shape(name)
     if expected is None:
-        raise BadLoraFile(f"{key} changes a bias, but {name} has none.")
+        raise BadLoraFile(
+            f"{key} changes a bias, but {name} has none.",
+            hint="PEFT cannot merge such a LoRA either; train it without lora_bias.",
+        )
     if shape != expected:
         raise BadLoraFile(
             f"{key} has the wrong shape: {list(shape)}.",

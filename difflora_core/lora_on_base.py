@@ -46,28 +46,34 @@ def open_lora_needing_base(path: str | Path) -> LoraOnBase:
 
     Raises BadWeightsFile or BadLoraFile.
     """
-    file, warnings = TensorFile(path), []
-    config = adapter_config(file.path, file)
-    scales = ConfiguredScales(file.metadata, config)
-    contents = sort_contents(file, file.metadata, warnings, any_model=False, on_base=True)
+    file = TensorFile(path)
+    return lora_on_base(file, file.metadata, adapter_config(file.path, file))
+
+
+def lora_on_base(
+    source: TensorSource, metadata: Mapping[str, str], config: Mapping | None
+) -> LoraOnBase:
+    """As `open_lora_needing_base`; `config` is PEFT's, None where there is none."""
+    scales, warnings = ConfiguredScales(metadata, config), []
+    contents = sort_contents(source, metadata, warnings, any_model=False, on_base=True)
     assert contents.table is not None  # other models have been refused
     table = contents.table
     deltas, offsets = {}, {}
     for name in (n for n in (*table.shapes, *table.norms) if n in contents.groups):
         group = contents.groups[name]
-        matrix = group.families and not is_norm(group)
-        if matrix and _is_whole(name, group, table.shapes[name], file, scales, warnings):
-            deltas[name] = partial(_delta, name, group, file, scales)
-        scale = layer_scale(name, group, file, scales) if "bias" in group.keys else 1.0
-        for parameter, tensor in read_offsets(name, group, scale, table, file).items():
+        matrix = ("dora" in group.keys or group.families) and not is_norm(group)
+        if matrix and _is_whole(name, group, table.shapes[name], source, scales, warnings):
+            deltas[name] = partial(_delta, name, group, source, scales)
+        scale = layer_scale(name, group, source, scales) if "bias" in group.keys else 1.0
+        for parameter, tensor in read_offsets(name, group, scale, table, source).items():
             offsets[parameter] = partial(_constant, tensor)
         if "ia3_l" in group.keys and group.shapes["ia3_l"][:1] != (1,) and table.bias_shape(name):
-            offsets[f"{name}.bias"] = partial(_bias, group, file)
+            offsets[f"{name}.bias"] = partial(_bias, group, source)
     if config is None and any("oft_R" in group.keys for group in contents.groups.values()):
         warnings.append("There is no adapter_config.json: PEFT's default series is assumed.")
     if not deltas and not offsets:
         raise BadLoraFile("This file changes nothing.")
-    return LoraOnBase(table.base, contents.layout, file.metadata, tuple(warnings), deltas, offsets)
+    return LoraOnBase(table.base, contents.layout, metadata, tuple(warnings), deltas, offsets)
 
 
 def _is_whole(
@@ -79,9 +85,9 @@ def _is_whole(
     warnings: list[str],
 ) -> bool:
     """Whether there is a difference at all. Raises BadLoraFile for what does not fit."""
-    if group.family not in ON_WEIGHTS:
+    if group.family and group.family not in ON_WEIGHTS:
         return plan_layer(name, group, shape, source, scales, warnings) is not None
-    if len(group.families) > 1 or not group.complete:
+    if len(group.families) != 1 or not group.complete:
         found = ", ".join(group.keys.values())
         raise BadLoraFile(f"{name} is incomplete: only {found} is there.")
     return True

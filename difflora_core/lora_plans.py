@@ -19,7 +19,7 @@ from .tensor_file import TensorSource
 CHUNK = 2**20
 """numbers that are looked at together, so that a check needs no memory of the tensor's size"""
 REFINER_TEXT_WIDTH = 1280
-LARGEST = 2**17
+LARGEST = 2**18
 """features of one side of a layer of any model; a Kronecker product can claim far more"""
 _DAMAGED = "The file is damaged; get it again or save it again."
 

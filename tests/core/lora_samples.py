@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -13,10 +12,6 @@ from difflora_core.lora import Lora, LoraLayer
 
 DATA = Path(__file__).parent.parent / "data"
 DTYPES = {"BF16": torch.bfloat16, "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn}
-
-
-def stored(name: str) -> dict:
-    return json.loads((DATA / name).read_text(encoding="utf-8"))
 
 
 def filled(shapes: dict[str, list[int]], seed: int = 0) -> dict[str, Tensor]:

@@ -3,124 +3,21 @@
 from __future__ import annotations
 
 import math
-import re
-from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
 
 from difflora_core.errors import BadLoraFile
-from difflora_core.key_names import module_table
 from difflora_core.lora_reading import LoraReading, read_lora_tensors
 from difflora_core.lora_scales import ConfiguredScales, scale_from_alpha
-from tests.core.lora_samples import DATA, DTYPES, filled, stored
+from tests.core.lora_layouts import layouts
+from tests.core.lora_samples import DTYPES, filled
 
-LAYOUTS = sorted(path.stem for path in (DATA / "lora_layouts").glob("*.json"))
 Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 K = Q[:-1] + "k"
 Q_NAME = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 DOTTED_Q = Q_NAME.removeprefix("unet.")
-SUFFIX = re.compile(
-    r"\.(lora_(down|up|mid)|lora(_linear_layer)?\.(down|up)|lora_[AB](\.\w+)?)\.weight$|\.alpha$"
-)
-# Layers whose bases look alike; the rest of the stored layouts is told without doubt.
-BASES_LEFT_OPEN = {
-    "diffusers_oldest_text_encoder_wasted_keys_real": "sd15",
-    "weights2weights_peft_identity1_sd15": "sd15",
-    "diffusers_text_encoder_lora_linear_layer_real": "sd15",
-}
-
-
-def expected_name(key: str, base: str) -> str | None:
-    """Canonical name by search over the base's layers, spelled as each writer would; None: dead."""
-    module = re.sub(r"\.processor\.to_(\w+)_lora\.(down|up)\.weight$", r".to_\1", key)
-    module = re.sub(r"\.to_out$", ".to_out.0", module)
-    dead = re.search(r"\.(\w+)_proj\.to_(\w+)_lora\.", module)
-    if dead and dead[1] != dead[2]:
-        return None
-    module = re.sub(r"\.to_\w+_lora\.(down|up)\.weight$", "", SUFFIX.sub("", module))
-    return name_by_spelling(base)[module]
-
-
-@cache
-def name_by_spelling(base: str) -> dict[str, str]:
-    return {
-        spelling: name
-        for name in module_table(base).shapes  # of the two text encoders the second one wins
-        for spelling in spellings_of(name, base)
-    }
-
-
-def spellings_of(name: str, base: str) -> set[str]:
-    component, _, path = name.partition(".")
-    if component == "unet":
-        original = module_table(base).originals[name]
-        dotted = {path, f"base_model.model.{path}", name, f"unet.{original}"}
-        return dotted | {f"lora_unet_{p.replace('.', '_')}" for p in (path, original)}
-    short = path.removeprefix("text_model.")
-    flat, flat_short = path.replace(".", "_"), short.replace(".", "_")
-    numbers = {"text_encoder": ("te", "te1"), "text_encoder_2": ("te2",)}[component]
-    clip = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}[component]
-    names = {f"lora_{number}_{f}" for number in numbers for f in (flat, flat_short)}
-    return names | {name, f"{component}.{short}", path, short, f"{clip}.{path}"}
-
-
-def with_shapes(layout: dict, base: str) -> dict[str, list[int]]:
-    """Shapes that an excerpt does not state, made up at rank 4 from the weight of its layer."""
-    shapes = {}
-    for key, shape in layout["keys"].items():
-        if shape is None:
-            name = expected_name(key, base) if not key.endswith(".alpha") else None
-            out, *inner = module_table(base).shapes[name] if name else (1, 1)
-            made = {"down": [4, *inner], "up": [out, 4, *[1] * (len(inner) - 1)], "alpha": []}
-            shape = made[role_of(key)]
-        shapes[key] = shape
-    return shapes
-
-
-def role_of(key: str) -> str:
-    role = re.findall(r"alpha$|mid(?=\.weight)|down(?=\.weight)|up(?=\.weight)|lora_[AB]", key)[-1]
-    return {"lora_A": "down", "lora_B": "up"}.get(role, role)
-
-
-def half_pairs_dropped(shapes: dict[str, list[int]], base: str) -> dict[str, list[int]]:
-    """Excerpts end anywhere; keep the layers that are there whole."""
-    roles: dict[str | None, set[str]] = {}
-    for key in shapes:
-        roles.setdefault(expected_name(key, base), set()).add(role_of(key))
-    return {k: s for k, s in shapes.items() if {"down", "up"} <= roles[expected_name(k, base)]}
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_gives_the_layers_that_it_names(name: str) -> None:
-    layout = stored(f"lora_layouts/{name}.json")
-    base = BASES_LEFT_OPEN.get(name, layout["base"])
-    shapes = half_pairs_dropped(with_shapes(layout, base), base)
-    tensors = filled(shapes)
-    reading = read_lora_tensors(tensors)
-    assert reading.base == base
-    by_name: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        canonical = expected_name(key, base)
-        if canonical:
-            by_name.setdefault(canonical, {})[role_of(key)] = tensor
-    assert set(reading.lora.layers) == set(by_name)
-    assert all(
-        layer.weight_shape == module_table(base).shapes[layer.name] for layer in reading.lora
-    )
-    for canonical, parts in list(by_name.items())[:: len(by_name) // 6 or 1]:  # deltas are big
-        layer = reading.lora.layers[canonical]
-        torch.testing.assert_close(layer.delta(), plain_delta(parts, layer.weight_shape))
-
-
-def plain_delta(parts: dict[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-    down, up = parts["down"], parts["up"]
-    scale = float(parts["alpha"]) / up.shape[1] if "alpha" in parts else 1.0
-    if "mid" in parts:
-        mid = parts["mid"]
-        return scale * torch.einsum("or,rsxy,si->oixy", up.flatten(1), mid, down.flatten(1))
-    return (scale * up.flatten(1) @ down.flatten(1)).reshape(shape)
 
 
 def pair(module: str = Q, rank: int = 4, width: int = 320, **more: Tensor) -> dict[str, Tensor]:
@@ -327,7 +224,7 @@ def test_odd_containers_and_separators(spelled: str) -> None:
 
 def test_layouts_are_told_in_words() -> None:
     def layout(name: str) -> str:
-        return read_lora_tensors(filled(stored(f"lora_layouts/{name}.json")["keys"])).layout
+        return read_lora_tensors(filled(layouts()[name]["keys"])).layout
 
     assert layout("kohya_sd15") == "kohya"
     assert layout("kohya_sdxl_sgm") == "kohya, original block names"
