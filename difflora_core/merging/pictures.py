@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from .blocks import block_of
 from .certificate import Certificate
@@ -14,8 +14,9 @@ from .engine import Merged
 
 _INK, _PAPER, _FAINT = (35, 35, 40), (255, 255, 255), (205, 205, 210)
 _BLUE, _RED = (44, 92, 190), (200, 60, 50)
-_ROW, _CELL, _MARGIN, _LABEL = 18, 26, 12, 230
-_CHART = 420
+_ROW, _CELL, _MARGIN, _LABEL = 22, 34, 14, 250
+_CHART, _NOTE = 460, 130
+_TEXT = 14
 #: ratio of the smallest singular value drawn to the largest
 _DEPTH = 1e-4
 
@@ -28,9 +29,9 @@ def heat_map(comparison: Comparison) -> Image.Image:
     half = len(pairs) * _CELL + _MARGIN
     legend = [f"{i + 1} {title}" for i, title in enumerate(comparison.titles)]
     top = _MARGIN + _ROW * (len(legend) + 2)
-    width = _LABEL + max(2 * half, 260) + _MARGIN
+    width = _LABEL + max(2 * half, 300) + _MARGIN
     image = Image.new("RGB", (width, top + _CELL * len(rows) + _MARGIN), _PAPER)
-    draw = ImageDraw.Draw(image)
+    draw = _pen(image)
     for i, line in enumerate(legend):
         draw.text((_MARGIN, _MARGIN + i * _ROW), line, _INK)
     for column, word in enumerate(("cosine", "overlap")):
@@ -40,7 +41,7 @@ def heat_map(comparison: Comparison) -> Image.Image:
             draw.text((left + k * _CELL + 3, top - _ROW), f"{i + 1}:{j + 1}", _INK)
         for row, (block, *figures) in enumerate(rows):
             y = top + row * _CELL
-            draw.text((_MARGIN, y + 6), block, _INK)
+            draw.text((_MARGIN, y + 8), block, _INK)
             for k, (i, j) in enumerate(pairs):
                 _cell(draw, left + k * _CELL, y, float(figures[column][i, j]))
     return image
@@ -50,8 +51,8 @@ def spectrum_picture(merged: Merged) -> Image.Image:
     """Singular values of each block's strongest layer, and where they were cut, logarithmic."""
     strongest = _strongest(merged.certificates)
     height = _MARGIN * 2 + _ROW * (len(strongest) + 2)
-    image = Image.new("RGB", (_LABEL + _CHART + 110, max(height, 80)), _PAPER)
-    draw = ImageDraw.Draw(image)
+    image = Image.new("RGB", (_LABEL + _CHART + _NOTE, max(height, 80)), _PAPER)
+    draw = _pen(image)
     facts = merged.report
     headline = f"{facts['method']}: energy kept {facts['energy']:.4f}, error {facts['error']:.2e}"
     draw.text((_MARGIN, _MARGIN), headline, _INK)
@@ -62,6 +63,12 @@ def spectrum_picture(merged: Merged) -> Image.Image:
         note = f"rank {certificate.rank} of {certificate.full_rank}"
         draw.text((_LABEL + _CHART + 8, y), note, _INK)
     return image
+
+
+def _pen(image: Image.Image) -> ImageDraw.ImageDraw:
+    draw = ImageDraw.Draw(image)
+    draw.font = ImageFont.load_default(_TEXT)
+    return draw
 
 
 def _pairs(count: int) -> list[tuple[int, int]]:
@@ -76,7 +83,8 @@ def _cell(draw: ImageDraw.ImageDraw, x: int, y: int, value: float) -> None:
     colour, share = (_BLUE if value >= 0 else _RED), min(abs(value), 1.0)
     fill = tuple(round(255 + (c - 255) * share) for c in colour)
     draw.rectangle((x, y, x + _CELL - 2, y + _CELL - 2), fill=fill, outline=_FAINT)
-    draw.text((x + 3, y + 7), f"{100 * value:.0f}", _PAPER if share > 0.55 else _INK)
+    percent = str(round(100 * value))  # no minus before a zero
+    draw.text((x + 4, y + 8), percent, _PAPER if share > 0.55 else _INK)
 
 
 def _strongest(certificates: Mapping[str, Certificate]) -> dict[str, Certificate]:
