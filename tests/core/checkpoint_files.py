@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from difflora_core import key_names
+from difflora_core.checkpoint_names import unet_modules
 from difflora_core.key_names import ModuleTable, module_table
 from difflora_core.tensor_file import DTYPES
 from difflora_core.weights_file import write_safetensors
@@ -19,6 +23,27 @@ TEXT_PREFIXES = {
     "mini": {"text_encoder": "cond_stage_model.transformer."},
 }
 REST = {"first_stage_model.decoder.conv_in.weight": (4, 3, 3, 3), "model_ema.decay": ()}
+
+
+@contextmanager
+def mini_layers(folder: Path, components: Mapping[str, list]) -> Iterator[None]:
+    """Within, the mini model has these layers only: rows of name, original name, weight shape."""
+    layouts = folder / "layouts"
+    shutil.copytree(key_names.LAYOUTS, layouts)
+    content = {"base": "mini", "components": components, "norms": {}}
+    (layouts / "mini.json").write_text(json.dumps(content))
+    before, key_names.LAYOUTS = key_names.LAYOUTS, layouts
+    try:
+        _forget_tables()
+        yield
+    finally:
+        key_names.LAYOUTS = before
+        _forget_tables()
+
+
+def _forget_tables() -> None:
+    module_table.cache_clear()
+    unet_modules.cache_clear()
 
 
 def parameter_shapes(base: str) -> Iterator[tuple[str, tuple[int, ...]]]:

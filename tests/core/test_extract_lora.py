@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from difflora_core import key_names
 from difflora_core.bake import BakeInput, bake
-from difflora_core.checkpoint_names import unet_modules
 from difflora_core.errors import BadLoraFile, LayoutMismatch
 from difflora_core.extract import ExtractSettings, extract
 from difflora_core.extract_sources import LoraOnCheckpoint
 from difflora_core.lora_on_base import open_lora_needing_base
 from difflora_core.merging import RankRule
 from difflora_core.weights_file import open_lora, read_lora, read_safetensors
-from tests.core.checkpoint_files import random_tensors, single_file_shapes, write
+from tests.core.checkpoint_files import mini_layers, random_tensors, single_file_shapes, write
 from tests.core.lora_layouts import packed
 
 CASES = {case["id"]: case for case in packed("lora_deltas")["cases"]}
@@ -34,27 +31,9 @@ LAYER, ORIGINAL = "mid_block.proj", "middle_block.0.proj"
 EXACT = ExtractSettings(RankRule(), torch.float32)
 
 
-@pytest.fixture
-def one_layer(tmp_path, monkeypatch):
-    """Makes the mini model one layer of a given shape, so that the reference cases fit it."""
-
-    def make(shape: list[int]) -> None:
-        folder = tmp_path / "layouts"
-        shutil.copytree(key_names.LAYOUTS, folder)
-        components = {"unet": [[LAYER, ORIGINAL, shape]]}
-        content = {"base": "mini", "components": components, "norms": {"unet": []}}
-        (folder / "mini.json").write_text(json.dumps(content))
-        monkeypatch.setattr(key_names, "LAYOUTS", folder)
-        forget()
-
-    def forget() -> None:
-        key_names.module_table.cache_clear()
-        unet_modules.cache_clear()
-
-    yield make
-    forget()
-    monkeypatch.undo()
-    forget()
+def one_layer(case: dict, folder: Path):
+    """The mini model as one layer, which the reference case fits."""
+    return mini_layers(folder, {"unet": [[LAYER, ORIGINAL, case["base_weight"]["shape"]]]})
 
 
 def values(entry: dict) -> Tensor:
@@ -74,24 +53,24 @@ def files_of(case: dict, folder: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("name", list(CASES))
-def test_reference_cases(name, one_layer, tmp_path):
+def test_reference_cases(name, tmp_path):
     case = CASES[name]
-    one_layer(case["base_weight"]["shape"])
     lora, base = files_of(case, tmp_path)
-    extract(LoraOnCheckpoint.open(lora, base), tmp_path / "plain.safetensors", EXACT)
-    found = open_lora(tmp_path / "plain.safetensors").lora.layers[f"unet.{LAYER}"]
+    with one_layer(case, tmp_path):
+        extract(LoraOnCheckpoint.open(lora, base), tmp_path / "plain.safetensors", EXACT)
+        found = open_lora(tmp_path / "plain.safetensors").lora.layers[f"unet.{LAYER}"]
     assert torch.allclose(found.delta(), values(case["delta"]), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ON_BASE)
-def test_baking_needs_no_detour(name, one_layer, tmp_path):
+def test_baking_needs_no_detour(name, tmp_path):
     case = CASES[name]
-    one_layer(case["base_weight"]["shape"])
     lora, base = files_of(case, tmp_path)
-    with pytest.raises(BadLoraFile, match="depends on the weights of the base model"):
-        open_lora(lora)
-    given = BakeInput(open_lora_needing_base(lora), "x", 0.5)
-    bake(base, [given], tmp_path / "baked.safetensors")
+    with one_layer(case, tmp_path):
+        with pytest.raises(BadLoraFile, match="depends on the weights of the base model"):
+            open_lora(lora)
+        given = BakeInput(open_lora_needing_base(lora), "x", 0.5)
+        bake(base, [given], tmp_path / "baked.safetensors")
     baked, _ = read_safetensors(tmp_path / "baked.safetensors")
     expected = values(case["base_weight"]) + 0.5 * values(case["delta"])
     assert torch.allclose(baked[f"{LAYER}.weight"], expected, atol=1e-5)
