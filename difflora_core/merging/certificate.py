@@ -56,13 +56,15 @@ def certify_dense(
 
 
 def _certificate(rank: int, lost: float, norm: float, sigma: Tensor) -> Certificate:
+    error = lost**0.5 / norm if norm else 0.0
+    if not len(sigma):  # nothing was left out, so nothing was decomposed
+        return Certificate(rank, rank, 1.0, error, norm, ())
     kept = float(sigma[:rank].double().square().sum())
-    meaningful = int((sigma > 1e-9 * float(sigma.amax())).sum()) if len(sigma) else 0
     return Certificate(
         rank=rank,
-        full_rank=meaningful,
+        full_rank=int((sigma > 1e-9 * float(sigma.amax())).sum()),
         energy=min(1.0, kept / norm**2) if norm else 1.0,
-        error=lost**0.5 / norm if norm else 0.0,
+        error=error,
         norm=norm,
         singular_values=tuple(sigma.to(torch.float32).tolist()),
     )

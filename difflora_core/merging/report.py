@@ -46,13 +46,14 @@ def report(job: Job, certificates: Mapping[str, Certificate], seconds: float) ->
         **_totals(certificates),
         "blocks": _by_block(certificates),
         "worst": [{"layer": name, "error": certificates[name].error} for name in worst],
+        "certificates": {name: _certificate(c) for name, c in certificates.items()},
         "warnings": _warnings(job),
         "seconds": seconds,
     }
 
 
 def merge_header(inputs: Sequence[MergeInput], merged: Merged, title: str) -> dict[str, str]:
-    """Header fields of a merged file: base, triggers, and per input title, weight and hash."""
+    """Header fields of a merged file: base, triggers, inputs and the certificate of every layer."""
     triggers = [entry.lora.metadata.get("modelspec.trigger_phrase", "") for entry in inputs]
     facts = merged.report
     sources = [
@@ -67,8 +68,16 @@ def merge_header(inputs: Sequence[MergeInput], merged: Merged, title: str) -> di
         merged_from=[entry.title for entry in inputs],
     )
     kept = _common(inputs) if merged.lora.naming else {}
-    merge_field = json.dumps({**summary, "inputs": sources}, ensure_ascii=False)
-    return kept | header.to_dict() | {"difflora.merge": merge_field}
+    facts_fields = {
+        "difflora.merge": json.dumps({**summary, "inputs": sources}, ensure_ascii=False),
+        "difflora.certificates": json.dumps(facts["certificates"]),
+    }
+    return kept | header.to_dict() | facts_fields
+
+
+def _certificate(certificate: Certificate) -> dict[str, float]:
+    figures = {"energy": certificate.energy, "error": certificate.error, "norm": certificate.norm}
+    return {"rank": certificate.rank} | {k: float(f"{v:.6g}") for k, v in figures.items()}
 
 
 def _identity(entry: MergeInput) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 
@@ -98,6 +99,7 @@ def test_average_and_sum_equal_the_dense_result(seed: int, dtype: torch.dtype) -
         for layer in merged.lora:
             assert distance(dense(layer), dense_sum(loras, expected, layer.name)) < 1e-5
             assert layer.rank <= min(dense(layer).shape)
+        assert all(c.energy == 1 and c.error < 1e-5 for c in merged.certificates.values())
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8, 20])
@@ -379,6 +381,9 @@ def test_the_header_tells_where_the_result_comes_from() -> None:
     assert header["modelspec.title"] == "both"
     assert header["modelspec.trigger_phrase"] == "sks person"
     assert header["modelspec.merged_from"] == "lora 0, lora 1"
+    certificates = json.loads(header["difflora.certificates"])
+    assert list(certificates) == NAMES
+    assert certificates[NAMES[0]].keys() == {"rank", "energy", "error", "norm"}
     assert (
         '"weight": 0.75' in header["difflora.merge"] and '"hash": "abc"' in header["difflora.merge"]
     )
