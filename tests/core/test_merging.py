@@ -99,7 +99,7 @@ def test_average_and_sum_equal_the_dense_result(seed: int, dtype: torch.dtype) -
         for layer in merged.lora:
             assert distance(dense(layer), dense_sum(loras, expected, layer.name)) < 1e-5
             assert layer.rank <= min(dense(layer).shape)
-        assert all(c.energy > 1 - 1e-9 and c.error < 1e-5 for c in merged.certificates.values())
+        assert all(c.energy > 1 - 1e-6 and c.error < 1e-5 for c in merged.certificates.values())
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8, 20])
