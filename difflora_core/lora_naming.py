@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from .errors import BadLoraFile
@@ -9,6 +10,9 @@ from .header import base_named_in
 from .key_names import BASES, ModuleTable, Spelled, module_table
 from .lora_groups import Group, counted, judge_unknown
 from .lora_offsets import is_norm
+
+_ODD = re.compile(r"__|_$|^(unet\.|base_model\.model\.|lora_unet_)\1")
+"""stray underscores and doubled containers"""
 
 
 def recognise(
@@ -102,6 +106,9 @@ def canonical_groups(
                 hint="The file mixes two namings of the blocks; which one counts is not decidable.",
             )
         named[name], spelled_as[name] = joined, module
+    odd = [module for module in spelled_as.values() if _ODD.search(module)]
+    if odd:
+        warnings.append(f"Odd names, read all the same: {counted(odd, 'name')}.")
     judge_unknown(unknown, sum(len(group.keys) for group in groups.values()), warnings)
     return named
 

@@ -202,8 +202,9 @@ def _without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
     content = dict(pairs)
     if len(content) < len(pairs):
         raise ValueError("a key is there twice")
-    for key in content:
-        key.encode()  # a lone surrogate, which JSON can spell, is no text
+    for text in (*content, *content.values()):
+        if isinstance(text, str):
+            text.encode()  # a lone surrogate, which JSON can spell, is no text
     return content
 
 
@@ -237,14 +238,14 @@ def _checked_entry(path: Path, key: str, entry: object) -> _Entry:
     shape, offsets = _sizes(fields.get("shape")), _sizes(fields.get("data_offsets"))
     if shape is None or offsets is None or len(offsets) != 2:
         raise _broken(path, f"{key} has no proper shape and place")
-    if fields.get("dtype") not in DTYPES:
+    dtype = DTYPES.get(str(fields.get("dtype")))
+    if dtype is None:
         raise BadWeightsFile(
             f"{path.name} cannot be read: {key} has the number type {fields.get('dtype')!r}.",
             hint=f"Known are {', '.join(DTYPES)}.",
         )
     if math.prod(size for size in shape if size) > MAX_SIZE:
         raise _broken(path, f"{key} cannot have the shape {shape}")
-    dtype = DTYPES[fields["dtype"]]
     size = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != size:
         raise _broken(path, f"{key} {shape} needs {size} bytes, but has {offsets[1] - offsets[0]}")
