@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import __version__
 from .checkpoint_names import Slot
-from .checkpoints import FIRST_WEIGHT, LABELS, Checkpoint
+from .checkpoints import FIRST_WEIGHT, LABELS, Checkpoint, is_finite
 from .errors import BadWeightsFile, LayoutMismatch
 from .extract_parts import refuse_full_disk
 from .extract_sources import changed_shapes
@@ -183,7 +183,7 @@ def _changed(key: str, tensor: Tensor, changes: Sequence[Change]) -> Tensor:
     for change in changes:
         change.add(total, tensor)
     result = total.to(tensor.dtype)
-    if not bool(torch.isfinite(result.float()).all()):
+    if not is_finite(result):
         raise BadWeightsFile(
             f"{key} is not finite in {str(tensor.dtype).removeprefix('torch.')} any more.",
             hint="The weights are too big, or the checkpoint holds NaN.",

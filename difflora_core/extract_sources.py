@@ -10,13 +10,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .checkpoints import FIRST_WEIGHT, LABELS, Checkpoint
+from .checkpoints import FIRST_WEIGHT, LABELS, Checkpoint, is_finite, same_bits
 from .errors import BadLoraFile, LayoutMismatch
 from .header import without_weight_facts
 from .key_names import module_table
 from .lora import Lora
 from .lora_groups import counted
 from .lora_on_base import LoraOnBase, open_lora_needing_base
+from .shell import naming
 
 
 class Source(Protocol):
@@ -84,20 +85,20 @@ class CheckpointDifference:
         ]
 
     def delta(self, layer: str) -> Tensor | None:
-        ours, theirs = self._pair(f"{layer}.weight")
-        if _alike(ours, theirs):
+        difference = self._difference(f"{layer}.weight")
+        if difference is None:
             return None
-        return (ours.float() - theirs.float()).reshape(module_table(self.base).shapes[layer])
+        return difference.reshape(module_table(self.base).shapes[layer])
 
     def offsets(self) -> dict[str, Tensor]:
-        offsets = {}
-        for component in self.components:
-            for name in sorted(self.original.small_parameters(component)):
-                if name in self.tuned.places:
-                    ours, theirs = self._pair(name)
-                    if not _alike(ours, theirs):
-                        offsets[name] = ours.float() - theirs.float()
-        return offsets
+        names = [
+            name
+            for component in self.components
+            for name in sorted(self.original.small_parameters(component))
+            if name in self.tuned.places
+        ]
+        found = {name: self._difference(name) for name in names}
+        return {name: offset for name, offset in found.items() if offset is not None}
 
     def identity(self) -> list:
         files = (*self.tuned.files, *self.original.files)
@@ -116,11 +117,18 @@ class CheckpointDifference:
         warnings += [f"{name} differs too, which no LoRA can hold." for name in embeddings]
         return warnings
 
-    def _pair(self, name: str) -> tuple[Tensor, Tensor]:
-        return self.tuned.places[name].read(), self.original.places[name].read()
+    def _difference(self, name: str) -> Tensor | None:
+        """Of one parameter; None where it is equal up to rounding."""
+        mine, its = self.tuned.places[name], self.original.places[name]
+        ours, theirs = mine.stored(), its.stored()
+        if same_bits(ours, theirs):
+            return None
+        mine.checked(ours)
+        its.checked(theirs)
+        return None if _alike(ours, theirs) else ours.float() - theirs.float()
 
     def _changed(self, name: str) -> bool:
-        return not _alike(*self._pair(name))
+        return self._difference(name) is not None
 
     def _shared(self) -> list[str]:
         return [c for c in self.original.components if c in self.tuned.components]
@@ -152,7 +160,10 @@ class LoraOnCheckpoint:
     @classmethod
     def open(cls, lora: str | Path, base: str | Path) -> LoraOnCheckpoint:
         """Raises LayoutMismatch when the LoRA is for another model, and for bad files."""
-        path, opened, checkpoint = Path(lora), open_lora_needing_base(lora), Checkpoint.open(base)
+        path = Path(lora)
+        with naming(path):
+            opened = open_lora_needing_base(path)
+        checkpoint = Checkpoint.open(base)
         strange = checkpoint.misfits(changed_shapes(opened))
         if checkpoint.special_input() and "unet.conv_in" in opened.deltas:
             strange.append(FIRST_WEIGHT)
@@ -197,7 +208,7 @@ class LoraOnCheckpoint:
         return list(self.lora.warnings)
 
     def _checked(self, name: str, delta: Tensor) -> Tensor:
-        if not bool(torch.isfinite(delta).all()):
+        if not is_finite(delta):
             raise BadLoraFile(
                 f"{self.path.name} gives no finite difference for {name}.",
                 hint="Is this the base model that it was trained on?",
@@ -224,15 +235,9 @@ def file_identity(path: Path) -> list:
 
 def _alike(ours: Tensor, theirs: Tensor) -> bool:
     """Equal, or equal up to the rounding of the coarser of the two number formats."""
-    if ours.dtype == theirs.dtype:
-        return torch.equal(_comparable(ours), _comparable(theirs))
     order = sorted((ours, theirs), key=lambda t: (t.element_size(), t.dtype != torch.bfloat16))
     coarse, fine = order
-    return torch.equal(_comparable(fine.to(coarse.dtype)), _comparable(coarse))
-
-
-def _comparable(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.element_size() == 1 else tensor
+    return torch.equal(fine.to(coarse.dtype).float(), coarse.float())
 
 
 def _common_bases(first: Checkpoint, second: Checkpoint) -> list[str]:
