@@ -36,7 +36,7 @@ def _result(report: Mapping) -> list[str]:
         f"  norm        {report['norm']:.4f}",
         f"  energy kept {report['energy']:.4%}",
         f"  error       {report['error']:.2e} of the norm; the worst layers:",
-        *(f"    {entry['layer']}: {entry['error']:.2e}" for entry in report["worst"][:WORST]),
+        *(f"    {entry['error']:.2e}  {entry['layer']}" for entry in report["worst"][:WORST]),
         *(f"  warning: {warning}" for warning in report["warnings"]),
         f"  {report['seconds']:.1f} s",
     ]

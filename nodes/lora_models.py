@@ -27,8 +27,9 @@ def opened(values: Sequence[Mapping[str, Tensor]]) -> list[Lora]:
 
 
 def _opened(value: Mapping[str, Tensor], name: str) -> Lora:
+    weights = {key: tensor.detach() for key, tensor in value.items()}  # core's may be trainable
     try:
-        return lora_from_state_dict(value, getattr(value, "metadata", {}), any_model=True)
+        return lora_from_state_dict(weights, getattr(value, "metadata", {}), any_model=True)
     except DiffLoRAError as error:
         raise type(error)(name + error.message, hint=error.hint) from error
 
