@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -65,14 +66,13 @@ class Job:
         """Every layer merged, in batches of equal shapes, so not in order."""
         done, total = 0, len(self.weights)
         ranks = self._ranks_within_size()
-        for names in self._batches():
-            stacks = [self._stack(name) for name in names]
+        for stacks in self._stacks():
             rules = [
                 RankRule(rank=ranks[stack.name]) if ranks else self._rule(stack) for stack in stacks
             ]
             for stack, factors in zip(stacks, self._merged(stacks, rules), strict=True):
                 yield self._layer(stack.name, *factors)
-            done += len(names)
+            done += len(stacks)
             if progress:
                 progress(done, total)
 
@@ -94,11 +94,10 @@ class Job:
         if megabytes is None:
             return None
         spectra: dict[str, Tensor] = {}
-        for names in self._batches():
-            everything = [RankRule(rank=_ALL)] * len(names)
-            merged = self._merged([self._stack(name) for name in names], everything)
-            for name, (_, _, certificate) in zip(names, merged, strict=True):
-                spectra[name] = torch.tensor(certificate.singular_values)
+        for stacks in self._stacks():
+            merged = self._merged(stacks, [RankRule(rank=_ALL)] * len(stacks))
+            for stack, (_, _, certificate) in zip(stacks, merged, strict=True):
+                spectra[stack.name] = torch.tensor(certificate.singular_values)
         widths = {name: sum(_matrix_shape(self.outlines[name])) for name in spectra}
         return ranks_within(megabytes, spectra, widths, self.settings.dtype.itemsize)
 
@@ -119,6 +118,20 @@ class Job:
         for (rows, columns, ranks), names in groups.items():
             size = max(1, _BATCH // ((rows + columns) * max(sum(ranks), 1)))
             yield from (names[i : i + size] for i in range(0, len(names), size))
+
+    def _stacks(self) -> Iterator[list[Stack]]:
+        """All batches, each read while the one before it is worked on."""
+        with ThreadPoolExecutor(1) as reader:
+            pending = None
+            for names in self._batches():
+                ready, pending = pending, reader.submit(self._read, names)
+                if ready:
+                    yield ready.result()
+            if pending:
+                yield pending.result()
+
+    def _read(self, names: Sequence[str]) -> list[Stack]:
+        return [self._stack(name) for name in names]
 
     def _stack(self, name: str) -> Stack:
         present = [i for i, outlines in enumerate(self.held) if name in outlines]

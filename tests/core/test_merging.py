@@ -373,6 +373,13 @@ def test_offsets_are_summed_with_the_weights() -> None:
     assert torch.allclose(merged.lora.offsets[bias], torch.full((4,), 2.5))
 
 
+def test_loras_without_layers_still_have_offsets() -> None:
+    bias = f"{NAMES[0]}.bias"
+    loras = [Lora({}, offsets={bias: torch.full((3,), i + 1.0)}, naming=FOREIGN) for i in range(2)]
+    merged = merge(inputs_of(loras), MergeSettings("svd"))
+    assert not merged.lora.layers and torch.equal(merged.lora.offsets[bias], torch.full((3,), 3.0))
+
+
 def test_the_header_tells_where_the_result_comes_from() -> None:
     facts = [{"modelspec.trigger_phrase": "sks person", "sshs_model_hash": "abc"}, {}]
     loras = [Lora(random_lora(i).layers, fact, naming=FOREIGN) for i, fact in enumerate(facts)]
