@@ -44,7 +44,7 @@ _SS_BEGINNINGS = {
 
 _WEIGHT_FACTS = (
     "ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_network_args", "sshs_",
-    "modelspec.hash_sha256",
+    "modelspec.hash_sha256", "difflora.certificates",
 )  # fmt: skip
 
 

@@ -54,15 +54,19 @@ def _counted(count: int, word: str) -> str:
 
 
 def resize_header(metadata: Mapping[str, str], report: Mapping, title: str) -> dict[str, str]:
-    """Header of a resized LoRA: that of the source, its hash, and what was kept."""
+    """Header of a resized LoRA: that of the source, its hash, and what was kept, layer by layer."""
     facts = {
         "hash": metadata.get("modelspec.hash_sha256", ""),
         "title": metadata.get("modelspec.title", ""),
         "energy": report["energy"],
         "error": report["error"],
     }
-    resized = {"difflora.resize": json.dumps(facts, ensure_ascii=False)}
-    return {**without_weight_facts(metadata), **resized, "modelspec.title": title}
+    resized = {
+        "difflora.resize": json.dumps(facts, ensure_ascii=False),
+        "difflora.certificates": json.dumps(report["certificates"]),
+        "modelspec.title": title,
+    }
+    return {**without_weight_facts(metadata), **resized}
 
 
 def describe_compared(report: Mapping) -> str:

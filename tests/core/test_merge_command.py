@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,8 @@ def test_resize_keeps_the_header(files: list[str], tmp_path: Path, capsys) -> No
     header = read_lora(out).metadata
     assert header["modelspec.trigger_phrase"] == "sks anna"
     assert header["ss_network_dim"] == "2"
+    assert json.loads(header["difflora.resize"])["title"] == "anna's face"
+    assert len(json.loads(header["difflora.certificates"])) == 56
     assert header["modelspec.hash_sha256"] != read_lora(files[0]).metadata["modelspec.hash_sha256"]
 
 
@@ -206,6 +209,32 @@ def test_help_lists_every_method(capsys) -> None:
         main(["merge", "--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert f"one of: {' '.join(METHODS)}" in text
+
+
+def damaged(content: bytes, draw: random.Random) -> bytes:
+    """A copy of a file with some bytes of header or weights changed, or its end cut off."""
+    changed = bytearray(content)
+    for _ in range(draw.choice([1, 3, 50])):
+        header = draw.random() < 0.7
+        changed[draw.randrange(0, 6000 if header else len(changed))] = draw.randrange(256)
+    return bytes(changed[: draw.randrange(1, len(changed))] if draw.random() < 0.3 else changed)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_damaged_files_end_with_a_sentence_or_a_right_result(
+    seed: int, files: list[str], tmp_path: Path, capsys
+) -> None:
+    draw = random.Random(seed)
+    bad, out = tmp_path / "bad.safetensors", tmp_path / "out.safetensors"
+    bad.write_bytes(damaged(Path(files[1]).read_bytes(), draw))
+    command = draw.choice(["merge", "resize", "compare"])
+    arguments = [str(bad)] if command == "resize" else [files[0], str(bad)]
+    code = main([command, *arguments, *([] if command == "compare" else ["--out", str(out)])])
+    captured = capsys.readouterr()
+    assert code in (0, 2) and "Traceback" not in captured.err
+    assert not list(tmp_path.glob(".*"))
+    if out.exists():
+        assert code == 0 and all(torch.isfinite(delta).all() for delta in deltas(out).values())
 
 
 def test_one_file_cannot_be_compared(files: list[str], capsys) -> None:
