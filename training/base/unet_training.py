@@ -30,7 +30,8 @@ def train_unet(config: Config, folder: RunFolder) -> None:
     base, device = config.base, config.run.torch_device()
     torch.manual_seed(config.run.seed)
     pool = build_pool(open_vae(config).to(device), base.unet, config.run.seed, device)
-    unet = build_unet(unet_config(base.unet, base.text)).to(device)
+    unet = build_unet(unet_config(base.unet, base.text))
+    unet = unet.to(device, memory_format=torch.channels_last)
     text = build_compact_text(text_config(base.text)).to(device)
     if base.unet.start == "artifact":
         unet.load_state_dict(open_unet(config).state_dict())
