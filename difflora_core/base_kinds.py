@@ -49,8 +49,10 @@ def weight_difference(name: str, parts: Parts, weight: Tensor, scales: Configure
     base = weight.double()
     try:
         changed = _changed(name, parts, base, scales)
-        if "dora" in parts:
-            changed = _with_magnitude(changed, parts["dora"].double())
+        if "dora_scale" in parts:
+            changed = _with_magnitude(changed, parts["dora_scale"].double())
+        elif "magnitude" in parts:  # PEFT's and ai-toolkit's
+            changed = _with_magnitude(changed, parts["magnitude"].double().flatten())
         return (changed - base).float()
     except (Misfit, RuntimeError, IndexError) as error:
         shapes = ", ".join(f"{role} {list(part.shape)}" for role, part in parts.items())
@@ -85,14 +87,11 @@ def _changed(name: str, parts: Parts, weight: Tensor, scales: ConfiguredScales) 
 def _with_magnitude(changed: Tensor, magnitude: Tensor) -> Tensor:
     """DoRA: every row, or every input column, of V = W + delta gets the length `magnitude`.
 
-    The position of the ones tells the axis: [1, i, ...] is per input column. PEFT writes [o], and
-    [1, o, 1, 1] for convolutions.
+    The position of the ones tells which: [o, 1, ...] and [o] are per row, [1, i, ...] per column.
     """
     out, inner = changed.shape[:2]
     shape = tuple(magnitude.shape)
-    by_input = len(shape) > 1 and shape[0] == 1 and shape[1] == inner != 1
-    if by_input and len(shape) == 4 and inner == out:
-        by_input = False
+    by_input = len(shape) > 1 and shape[:2] == (1, inner)
     if magnitude.numel() != (inner if by_input else out):
         raise Misfit(f"a magnitude of shape {shape}")
     axis = 1 if by_input else 0

@@ -50,6 +50,8 @@ _REFUSED = (
 )
 OFFSET_ROLES = ("diff_b", "w_norm", "b_norm", "bias", "bias_indices", "bias_values", "bias_size")
 """differences of biases and norms"""
+MAGNITUDES = ("dora_scale", "magnitude")
+"""the lengths of DoRA: dora_scale says its axis by its shape, the others are per output"""
 FAMILIES = {
     "down": "lora", "up": "lora", "mid": "lora", "diff": "full",
     "hada_": "loha", "lokr_": "lokr", "oft_": "oft", "rescale": "oft",
@@ -76,7 +78,7 @@ class Part:
 
     module: str
     role: str
-    """down, up, mid, alpha, scale, dora, or the suffix itself: hada_w1_a, diff_b, ..."""
+    """down, up, mid, alpha, scale, or the suffix itself: hada_w1_a, diff_b, dora_scale, ..."""
     style: str
     """kohya, diffusers, processor, peft, xlabs, lycoris; "" for what several use"""
     adapter: str = ""
@@ -96,7 +98,7 @@ def parse_part(key: str) -> Part | None:
         if found[style]:
             return Part(module, found[style], style)
     if found["magnitude"]:
-        return Part(module, "dora", "dora" if found["magnitude"] == "dora_scale" else "")
+        return Part(module, "dora_scale" if found["magnitude"] == "dora_scale" else "magnitude", "")
     role = next(found[n] for n in ("bias", "own", "glora", "turned", "peft_turned") if found[n])
     return Part(module, {"oft_diag": "oft_blocks"}.get(role, role), "")
 

@@ -96,7 +96,7 @@ def group_parts(
     if beside:
         warnings.append(f"Left out, as no part of the LoRA: {counted(beside, 'key')}.")
     judge_unknown(unknown, len(source), warnings)
-    return groups, styles - {"", "dora"}
+    return groups, styles - {""}
 
 
 def _add(group: Group, part: Part, key: str, source: TensorSource) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .base_kinds import bias_difference, weight_difference
 from .errors import BadLoraFile
-from .lora_families import ON_WEIGHTS
+from .lora_families import MAGNITUDES, ON_WEIGHTS
 from .lora_groups import Group
 from .lora_offsets import is_norm, read_offsets
 from .lora_plans import layer_scale, plan_layer, read_parts
@@ -61,7 +61,8 @@ def lora_on_base(
     deltas, offsets = {}, {}
     for name in (n for n in (*table.shapes, *table.norms) if n in contents.groups):
         group = contents.groups[name]
-        matrix = ("dora" in group.keys or group.families) and not is_norm(group)
+        lengths = any(role in group.keys for role in MAGNITUDES)
+        matrix = (lengths or group.families) and not is_norm(group)
         if matrix and _is_whole(name, group, table.shapes[name], source, scales, warnings):
             deltas[name] = partial(_delta, name, group, source, scales)
         scale = layer_scale(name, group, source, scales) if "bias" in group.keys else 1.0

@@ -31,7 +31,7 @@ def tensors(case: dict) -> dict[str, Tensor]:
 def families(case: dict) -> set[str]:
     keys = {f"m.{suffix}" for suffix in case["tensors"]}
     roles = {part.role for key in keys if (part := parse_among(key, keys))}
-    return family_of(roles) | ({"dora"} & roles)
+    return family_of(roles) | ({"dora_scale", "magnitude"} & roles)
 
 
 def assert_close(found: Tensor, case: dict) -> None:
@@ -53,7 +53,7 @@ def test_the_difference_on_a_base_weight(case: dict) -> None:
     assert_close(found, case)
 
 
-PLAIN = [case for case in CASES if not families(case) & {*ON_WEIGHTS, "dora"}]
+PLAIN = [case for case in CASES if not families(case) & {*ON_WEIGHTS, "dora_scale", "magnitude"}]
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=lambda case: case["id"])
@@ -82,6 +82,22 @@ def test_ia3_of_peft_changes_the_bias_of_the_outputs_that_it_scales() -> None:
     torch.testing.assert_close(found, bias * (factor.flatten() - 1))
     other = tensors(by_id["peft_ia3_feedforward_linear"])
     assert bias_difference(other, bias) is None
+
+
+@pytest.mark.parametrize("shape", [(8,), (8, 1), (1, 8), (8, 1, 1, 1), (1, 8, 1, 1)])
+def test_the_axis_of_a_square_layer_is_told_by_the_position_of_the_ones(
+    shape: tuple[int, ...],
+) -> None:
+    """Only dora_scale can be per column; PEFT writes [1, out, 1, 1] for convolutions."""
+    weight = torch.randn(8, 8, 3, 3) if len(shape) == 4 else torch.randn(8, 8)
+    tensors = {"lora_up.weight": torch.randn(8, 2), "lora_down.weight": torch.randn(2, 8)}
+    if weight.ndim == 4:
+        tensors["lora_down.weight"] = torch.randn(2, 8, 3, 3)
+    lengths = 1 + torch.rand(shape)
+    for name, by_input in (("dora_scale", shape[:2] == (1, 8)), ("lora_magnitude_vector", False)):
+        changed = weight + difference({**tensors, name: lengths}, weight)
+        rows = changed.transpose(0, 1) if by_input else changed
+        torch.testing.assert_close(rows.flatten(1).norm(dim=1), lengths.flatten())
 
 
 def test_the_series_of_peft_is_near_the_rotation() -> None:
