@@ -49,18 +49,15 @@ class Place:
         """The parameter as it is stored, whatever its values."""
         return self.slot.view(self.file.tensor(self.slot.key))
 
-    def checked(self, tensor: Tensor) -> Tensor:
-        """What `stored` gave. Raises BadWeightsFile for NaN and infinity."""
+    def read(self) -> Tensor:
+        """The parameter as it is stored. Raises BadWeightsFile for NaN and infinity."""
+        tensor = self.stored()
         if not is_finite(tensor):
             raise BadWeightsFile(
                 f"{self.file.path.name} holds NaN or infinite values in {self.slot.key}.",
                 hint="The checkpoint is damaged; take another one.",
             )
         return tensor
-
-    def read(self) -> Tensor:
-        """The parameter as it is stored. Raises BadWeightsFile for NaN and infinity."""
-        return self.checked(self.stored())
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +97,7 @@ class Checkpoint:
     @property
     def components(self) -> tuple[str, ...]:
         """The parts of the model that are there: U-Net, text encoders."""
-        return tuple(c for c in COMPONENTS if any(n.startswith(f"{c}.") for n in self.places))
+        return tuple(component for component in COMPONENTS if self._of(component))
 
     def layers(self, component: str) -> list[str]:
         """Canonical names of the linear and convolution layers of a component, in order."""
@@ -108,9 +105,19 @@ class Checkpoint:
 
     def small_parameters(self, component: str) -> list[str]:
         """Names of biases and norm parameters of a component: what a LoRA carries as offsets."""
-        layers = {f"{layer}.weight" for layer in module_table(self.base).shapes}
-        own = (name for name in self.places if name.startswith(f"{component}."))
-        return [n for n in own if n not in layers and ".embeddings." not in n]
+        table = module_table(self.base)
+        norms = [n for n in self._of(component) if n.rpartition(".")[0] in table.norms]
+        biases = (n for n in self._of(component) if n.endswith(".bias"))
+        return norms + [n for n in biases if n.removesuffix(".bias") in table.shapes]
+
+    def other_parameters(self, component: str) -> list[str]:
+        """Names of embeddings and whatever else no LoRA for the model can hold."""
+        table = module_table(self.base)
+        modules = {n: n.rpartition(".")[0] for n in self._of(component)}
+        return [n for n, m in modules.items() if m not in table.shapes and m not in table.norms]
+
+    def _of(self, component: str) -> list[str]:
+        return [name for name in self.places if name.startswith(f"{component}.")]
 
     def weight(self, layer: str) -> Tensor:
         """The weight of a layer in float32, in the shape that the module table states."""
@@ -193,9 +200,20 @@ def _first_present(folder: Path, names: tuple[str, ...]) -> list[Path]:
                 return [found]
         index = folder / f"{name}.safetensors.index.json"
         if index.is_file():
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            return [index.parent / shard for shard in dict.fromkeys(shards)]
+            return _shards(index)
     return []
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index of diffusers names."""
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return [index.parent / Path(name).name for name in dict.fromkeys(names)]
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+        raise BadWeightsFile(
+            f"{index.name} is no index of a model in several files: {error!r}.",
+            hint="Download the folder again.",
+        ) from error
 
 
 def _component_of_one_model(file: TensorFile) -> str | None:

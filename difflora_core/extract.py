@@ -59,13 +59,13 @@ def extract(
     begin = time.perf_counter()
     layers, widths = list(source.layers), _widths(source)
     rule = _rule_of_parts(source, widths, settings)
+    offsets, warnings = source.offsets(), source.warnings()
     parts = PartStore(out)
     refuse_full_disk(out, _bytes_needed(widths, rule, settings), parts.size())
     parts.open([source.identity(), settings.identity()])
     resumed = sum(layer in parts for layer in layers)
     _finish(source, layers, parts, rule, settings.dtype, progress)
     certificates = _chosen(layers, parts, widths, settings)
-    offsets = source.offsets()
     if not certificates and not offsets:
         parts.remove()
         raise LayoutMismatch(
@@ -85,7 +85,7 @@ def extract(
         "offsets": len(offsets),
         "resumed": resumed,
         **_summary(certificates),
-        "warnings": source.warnings(),
+        "warnings": warnings,
         "seconds": round(time.perf_counter() - begin, 3),
     }
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .checkpoints import FIRST_WEIGHT, LABELS, Checkpoint, is_finite, same_bits
+from .checkpoints import FIRST_WEIGHT, LABELS, Checkpoint, is_finite, same_bits, same_shape
 from .errors import BadLoraFile, LayoutMismatch
 from .header import without_weight_facts
 from .key_names import module_table
@@ -113,22 +113,30 @@ class CheckpointDifference:
         warnings = [f"The {LABELS[component]} differs too; {hint}." for component in left_out]
         if self.original.special_input() and self._changed(FIRST_WEIGHT):
             warnings.append("unet.conv_in differs too; no LoRA for an ordinary U-Net can hold it.")
-        embeddings = [n for n in self._others() if self._changed(n)]
-        warnings += [f"{name} differs too, which no LoRA can hold." for name in embeddings]
+        others = [name for name in self._others() if self._changed(name)]
+        if others:
+            warnings.append(f"No LoRA can hold what differs in {counted(others, 'parameter')}.")
         return warnings
 
     def _difference(self, name: str) -> Tensor | None:
         """Of one parameter; None where it is equal up to rounding."""
-        mine, its = self.tuned.places[name], self.original.places[name]
-        ours, theirs = mine.stored(), its.stored()
-        if same_bits(ours, theirs):
+        if not self._changed(name):
             return None
-        mine.checked(ours)
-        its.checked(theirs)
-        return None if _alike(ours, theirs) else ours.float() - theirs.float()
+        ours, theirs = self.tuned.places[name].read(), self.original.places[name].read()
+        if not same_shape(ours.shape, theirs.shape):
+            raise LayoutMismatch(
+                f"{name} has the shape {list(ours.shape)} in {self.tuned.path.name}, but "
+                f"{list(theirs.shape)} in {self.original.path.name}.",
+                hint="Give the checkpoint that the tuned one was made from.",
+            )
+        return ours.float() - theirs.float().reshape(ours.shape)
 
     def _changed(self, name: str) -> bool:
-        return self._difference(name) is not None
+        ours, theirs = self.tuned.places[name].stored(), self.original.places[name].stored()
+        if not same_shape(ours.shape, theirs.shape):
+            return True
+        theirs = theirs.reshape(ours.shape)
+        return not same_bits(ours, theirs) and not _alike(ours, theirs)
 
     def _shared(self) -> list[str]:
         return [c for c in self.original.components if c in self.tuned.components]
@@ -138,10 +146,9 @@ class CheckpointDifference:
         return any(self._changed(name) for name in names if name in self.tuned.places)
 
     def _others(self) -> list[str]:
-        """Embedding tables of the chosen components."""
-        starts = tuple(f"{component}." for component in self.components)
-        both = (n for n in self.original.places if n in self.tuned.places and n.startswith(starts))
-        return [name for name in both if ".embeddings." in name]
+        """Parameters of the chosen components that no LoRA can hold."""
+        found = (n for c in self.components for n in self.original.other_parameters(c))
+        return [name for name in found if name in self.tuned.places]
 
     @staticmethod
     def _fits(checkpoint: Checkpoint, layer: str, shape: tuple[int, ...]) -> bool:

@@ -19,6 +19,7 @@ from difflora_core.weights_file import write_safetensors
 
 TEXT_PREFIXES = {
     "sd15": {"text_encoder": "cond_stage_model.transformer."},
+    "sd21": {},
     "sdxl": {"text_encoder": "conditioner.embedders.0.transformer."},
     "mini": {"text_encoder": "cond_stage_model.transformer."},
 }
@@ -66,6 +67,33 @@ def single_file_shapes(base: str) -> dict[str, tuple[int, ...]]:
         elif component in TEXT_PREFIXES[base]:
             shapes[TEXT_PREFIXES[base][component] + path] = shape
     return shapes | REST
+
+
+def open_clip_shapes(prefix: str, blocks: int, width: int) -> dict[str, tuple[int, ...]]:
+    """OpenCLIP's text tower in its own names."""
+    block = {
+        "ln_1.weight": (width,),
+        "ln_1.bias": (width,),
+        "attn.in_proj_weight": (3 * width, width),
+        "attn.in_proj_bias": (3 * width,),
+        "attn.out_proj.weight": (width, width),
+        "attn.out_proj.bias": (width,),
+        "ln_2.weight": (width,),
+        "ln_2.bias": (width,),
+        "mlp.c_fc.weight": (4 * width, width),
+        "mlp.c_fc.bias": (4 * width,),
+        "mlp.c_proj.weight": (width, 4 * width),
+        "mlp.c_proj.bias": (width,),
+    }
+    shapes = {f"transformer.resblocks.{i}.{k}": s for i in range(blocks) for k, s in block.items()}
+    shapes |= {
+        "token_embedding.weight": (20, width),
+        "positional_embedding": (7, width),
+        "ln_final.weight": (width,),
+        "ln_final.bias": (width,),
+        "text_projection": (width, width),
+    }
+    return {prefix + key: shape for key, shape in shapes.items()}
 
 
 def random_tensors(

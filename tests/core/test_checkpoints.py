@@ -14,6 +14,7 @@ from difflora_core.checkpoints import Checkpoint
 from difflora_core.errors import BadWeightsFile
 from difflora_core.key_names import module_table
 from tests.core.checkpoint_files import (
+    open_clip_shapes,
     parameter_shapes,
     random_tensors,
     single_file_shapes,
@@ -29,33 +30,6 @@ CONFIGS = {
 }
 OPEN_CLIP = "conditioner.embedders.1.model."
 WIDTH = 8
-
-
-def open_clip_tensors() -> dict[str, torch.Tensor]:
-    """OpenCLIP's text tower with two blocks, in its own names."""
-    block = {
-        "ln_1.weight": (WIDTH,),
-        "ln_1.bias": (WIDTH,),
-        "attn.in_proj_weight": (3 * WIDTH, WIDTH),
-        "attn.in_proj_bias": (3 * WIDTH,),
-        "attn.out_proj.weight": (WIDTH, WIDTH),
-        "attn.out_proj.bias": (WIDTH,),
-        "ln_2.weight": (WIDTH,),
-        "ln_2.bias": (WIDTH,),
-        "mlp.c_fc.weight": (4 * WIDTH, WIDTH),
-        "mlp.c_fc.bias": (4 * WIDTH,),
-        "mlp.c_proj.weight": (WIDTH, 4 * WIDTH),
-        "mlp.c_proj.bias": (WIDTH,),
-    }
-    shapes = {f"transformer.resblocks.{i}.{k}": s for i in (0, 1) for k, s in block.items()}
-    shapes |= {
-        "token_embedding.weight": (20, WIDTH),
-        "positional_embedding": (7, WIDTH),
-        "ln_final.weight": (WIDTH,),
-        "ln_final.bias": (WIDTH,),
-        "text_projection": (WIDTH, WIDTH),
-    }
-    return random_tensors({OPEN_CLIP + key: shape for key, shape in shapes.items()}, seed=1)
 
 
 @pytest.mark.parametrize("base", ["sd15", "sdxl"])
@@ -76,7 +50,7 @@ def test_unet_names_agree_with_diffusers(base):
 
 
 def test_open_clip_agrees_with_diffusers_and_fuses_exactly():
-    tensors = open_clip_tensors()
+    tensors = random_tensors(open_clip_shapes(OPEN_CLIP, 2, WIDTH), seed=1)
     model = SimpleNamespace(config=SimpleNamespace(hidden_size=WIDTH))
     theirs = single_file_utils.convert_open_clip_checkpoint(model, tensors, OPEN_CLIP)
     ours = {
@@ -107,18 +81,31 @@ def test_real_sized_file_is_recognised(base, tmp_path):
 
 
 def test_second_text_encoder_of_sdxl(tmp_path):
-    shapes = single_file_shapes("sdxl")
-    clip_g = {}
-    for i in range(32):
-        block = f"{OPEN_CLIP}transformer.resblocks.{i}."
-        clip_g[f"{block}attn.in_proj_weight"] = (3840, 1280)
-        clip_g[f"{block}attn.out_proj.weight"] = (1280, 1280)
-        clip_g[f"{block}mlp.c_fc.weight"] = (5120, 1280)
-        clip_g[f"{block}mlp.c_proj.weight"] = (1280, 5120)
-    checkpoint = Checkpoint.open(sparse_file(tmp_path / "m.safetensors", {**shapes, **clip_g}))
+    shapes = single_file_shapes("sdxl") | open_clip_shapes(OPEN_CLIP, 32, 1280)
+    checkpoint = Checkpoint.open(sparse_file(tmp_path / "m.safetensors", shapes))
     assert checkpoint.components == ("unet", "text_encoder", "text_encoder_2")
     layer = "text_encoder_2.text_model.encoder.layers.31.self_attn.v_proj.weight"
     assert checkpoint.places[layer].shape == (1280, 1280)
+
+
+def test_stable_diffusion_2_has_a_layer_more_than_diffusers(tmp_path):
+    """The 24th layer of its text encoder is not used, and no LoRA has a name for it."""
+    shapes = single_file_shapes("sd21") | open_clip_shapes("cond_stage_model.model.", 24, 1024)
+    checkpoint = Checkpoint.open(sparse_file(tmp_path / "m.safetensors", shapes))
+    assert checkpoint.bases == ("sd21",)
+    assert not any(".23." in name for name in checkpoint.small_parameters("text_encoder"))
+    others = checkpoint.other_parameters("text_encoder")
+    assert len(others) == 16 + 3
+    assert "text_encoder.text_model.encoder.layers.23.self_attn.k_proj.weight" in others
+
+
+def test_broken_index_of_shards(tmp_path):
+    (tmp_path / "unet").mkdir()
+    index = tmp_path / "unet/diffusion_pytorch_model.safetensors.index.json"
+    for content in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 1}}'):
+        index.write_text(content)
+        with pytest.raises(BadWeightsFile, match="no index of a model"):
+            Checkpoint.open(tmp_path)
 
 
 def diffusers_tensors(component: str) -> dict[str, torch.Tensor]:

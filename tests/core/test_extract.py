@@ -171,6 +171,24 @@ def test_namings_may_differ(base, tmp_path):
     assert (report["layers"], report["offsets"]) == (4, 1)
 
 
+def test_linear_and_convolution_of_one_pixel_are_the_same(base, tmp_path):
+    key = next(k for k in base if k.endswith("middle_block.1.proj_in.weight"))
+    flat = {**tuned_from(base, (key,)), key: tuned_from(base, (key,))[key].flatten(1)}
+    report = run(tmp_path, base, flat)
+    lora = read_lora(tmp_path / "lora.safetensors")
+    assert report["layers"] == 1
+    delta = lora.layers[canonical(key)].delta()
+    assert relative(delta.flatten(1), flat[key] - base[key].flatten(1)) < 1e-5
+
+
+def test_only_offsets_differ(base, tmp_path):
+    tuned = tuned_from(base, (BIAS, NORM))
+    report = run(tmp_path, base, tuned)
+    assert (report["layers"], report["offsets"]) == (0, 2)
+    offset = read_lora(tmp_path / "lora.safetensors").offsets["unet.conv_out.bias"]
+    assert relative(offset, tuned[BIAS] - base[BIAS]) < 1e-5
+
+
 def test_text_encoders_on_request(base, tmp_path):
     tuned = tuned_from(base, (LAYERS[1], TEXT.replace("layers.1", "layers.0")))
     report = run(tmp_path, base, tuned)
