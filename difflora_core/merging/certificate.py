@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .operator import Matrix, dense, like
+
 #: below this share of the energy, a loss computed by differences in float32 is too inexact
 _CANCELLED = 1e-2
 
@@ -44,14 +46,14 @@ def certify(
 
 
 def certify_dense(
-    exact: Tensor, up: Tensor, down: Tensor, norm: float, sigma: Tensor
+    exact: Matrix, up: Tensor, down: Tensor, norm: float, sigma: Tensor
 ) -> Certificate:
     """Certificate of up @ down against a matrix [out, in], built only where the error is small."""
-    shared = ((up.to(exact).mT @ exact).double() * down.double()).sum()
+    shared = ((exact.mT @ up.to(like(exact))).mT.double() * down.double()).sum()
     own = ((up.double().mT @ up.double()) * (down.double() @ down.double().mT)).sum()
     lost = float(norm**2 - 2 * shared + own)
     if lost < _CANCELLED * norm**2:
-        lost = float((exact.double() - up.double() @ down.double()).square().sum())
+        lost = float((dense(exact).double() - up.double() @ down.double()).square().sum())
     return _certificate(up.shape[1], lost, norm, sigma)
 
 

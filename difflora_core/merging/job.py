@@ -18,7 +18,7 @@ from .inputs import MergeInput, MergeSettings, block_factor
 from .methods import METHODS
 from .rules import RankRule, ranks_within
 from .stack import Options, Product, Stack
-from .truncation import balanced, is_wide, truncate_dense, truncated
+from .truncation import balanced, is_wide, truncate_dense, truncate_wide, truncated
 from .weighting import layer_weights, overall_weights
 
 Progress = Callable[[int, int], None]
@@ -169,7 +169,7 @@ def limited(
     rows, columns, ranks = up.shape[0], down.shape[1], up.shape[1]
     if is_wide(rows, columns, ranks):
         for (up, down), rule in zip(products, rules, strict=True):
-            yield truncate_dense(up @ down, rule, dtype)
+            yield truncate_wide(up, down, rule, dtype)
         return
     yield from truncated(products, rules, dtype)
 

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from .operator import Matrix, dense, like
+
 #: columns beyond the wanted ones in every block
 _EXTRA = 4
 #: the iteration ends when this share of the remaining energy, or less, is still to come
@@ -18,33 +20,28 @@ Singular = tuple[Tensor, Tensor, Tensor]
 """u [out, k], sigma [k] descending, vt [k, in]; float64"""
 
 
-def top_singular(matrix: Tensor, rank: int, seed: int = 0) -> Singular:
+def top_singular(matrix: Matrix, rank: int, norm: float) -> Singular:
     """The `rank` largest singular values of a matrix [out, in] with their vectors.
 
     Randomised block Krylov iteration (Musco and Musco 2015, algorithm 2) with orthogonalised
     blocks; it goes on until the captured energy stands still, so a flat spectrum takes longer
     instead of giving a worse answer. Small matrices and large ranks are decomposed in full.
+    norm: Frobenius norm of the matrix.
     """
     if matrix.shape[0] > matrix.shape[1]:
-        u, sigma, vt = top_singular(matrix.mT, rank, seed)
+        u, sigma, vt = top_singular(matrix.mT, rank, norm)
         return vt.mT, sigma, u.mT
-    return _krylov(matrix, rank, seed) or _full(matrix, rank)
+    return _krylov(matrix, rank, norm**2) or _full(dense(matrix), rank)
 
 
-def frobenius(matrix: Tensor) -> float:
-    """Frobenius norm; rows in the matrix's own precision, their sum in float64."""
-    return float(torch.linalg.vector_norm(matrix, dim=1).double().norm())
-
-
-def _krylov(matrix: Tensor, rank: int, seed: int) -> Singular | None:
+def _krylov(matrix: Matrix, rank: int, total: float) -> Singular | None:
     """None when the basis would outgrow its use."""
     width, most = rank + _EXTRA, int(_SHARE * matrix.shape[0])
     if 3 * width > most:
         return None
-    total = frobenius(matrix) ** 2
     space = _Krylov(matrix, most)
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(matrix.shape[1], width, generator=generator).to(matrix)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(matrix.shape[1], width, generator=generator).to(like(matrix))
     space.add(matrix @ noise)
     energies: list[float] = []
     while space.size + width <= most:
@@ -68,12 +65,13 @@ def _to_come(energies: list[float]) -> float:
 class _Krylov:
     """An orthonormal basis [out, p], its images matrix^T basis [in, p] and their Gram matrix."""
 
-    def __init__(self, matrix: Tensor, most: int) -> None:
+    def __init__(self, matrix: Matrix, most: int) -> None:
         rows, columns = matrix.shape
         self.matrix, self.size = matrix, 0
-        self.basis, self.images = matrix.new_empty(rows, most), matrix.new_empty(columns, most)
-        self.exact_images = matrix.new_empty(columns, most, dtype=torch.float64)
-        self.gram = matrix.new_zeros(most, most, dtype=torch.float64)
+        kind = like(matrix)
+        self.basis, self.images = kind.new_empty(rows, most), kind.new_empty(columns, most)
+        self.exact_images = kind.new_empty(columns, most, dtype=torch.float64)
+        self.gram = kind.new_zeros(most, most, dtype=torch.float64)
 
     def add(self, block: Tensor) -> None:
         """Widen the basis by the part of a block [out, l] outside it."""

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from .certificate import Certificate, certify, certify_dense
-from .krylov import frobenius, top_singular
+from .krylov import top_singular
+from .operator import LowRank, Matrix, frobenius
+from .operator import pays as product_pays
 from .rules import RankRule
 
 #: smallest ratio of Cholesky pivots that counts as well conditioned, by precision of the Grams
@@ -123,14 +125,27 @@ def decompose(
 
 
 def truncate_dense(
-    delta: Tensor, rule: RankRule, dtype: torch.dtype = torch.float32, seed: int = 0
+    delta: Tensor, rule: RankRule, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, Certificate]:
     """(down [k, in], up [out, k], certificate) of a matrix [out, in] or a kernel [out, in, h, w].
 
-    A kernel is treated as [out, in * h * w]; shape the factors with `as_layer`. Without a limit
-    the result has full rank.
+    A kernel is treated as [out, in * h * w]. Without a limit the result has full rank.
     """
-    matrix = delta.flatten(1)
+    return _truncated(delta.flatten(1), rule, dtype)
+
+
+def truncate_wide(
+    up: Tensor, down: Tensor, rule: RankRule, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Certificate]:
+    """The same for a product up [out, R] @ down [R, in] with an R near the size of the layer."""
+    product = LowRank(up, down)
+    pays = product_pays(*product.shape, up.shape[1])
+    return _truncated(product if pays else product.dense(), rule, dtype)
+
+
+def _truncated(
+    matrix: Matrix, rule: RankRule, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Certificate]:
     norm = frobenius(matrix)
     u, sigma, vt = _limited(matrix, rule, norm)
     rank = min(rule.choose(sigma, norm), meaningful(sigma))
@@ -170,14 +185,14 @@ def _by_qr(up: Tensor, down: Tensor) -> Core:
     return Core(left, (right * sigma).mT, sigma, same, same)
 
 
-def _limited(matrix: Tensor, rule: RankRule, norm: float) -> tuple[Tensor, Tensor, Tensor]:
+def _limited(matrix: Matrix, rule: RankRule, norm: float) -> tuple[Tensor, Tensor, Tensor]:
     """As many singular values as the rule can ask for, looking at twice as many each time."""
     most = min(matrix.shape)
     if rule.rank is not None:
-        return top_singular(matrix, min(rule.rank, most))
+        return top_singular(matrix, min(rule.rank, most), norm)
     count = most if rule.exact or rule.megabytes is not None else min(32, most)
     while True:
-        u, sigma, vt = top_singular(matrix, count)
+        u, sigma, vt = top_singular(matrix, count, norm)
         if count == most or rule.choose(sigma, norm) < len(sigma):
             return u, sigma, vt
         count = min(4 * count, most)

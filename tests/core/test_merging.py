@@ -22,6 +22,7 @@ from difflora_core.merging import (
     resize,
     truncate_dense,
 )
+from difflora_core.merging.truncation import truncate_wide
 
 #: methods whose exact result has full rank
 DENSE = {"ties", "dare", "della"}
@@ -333,12 +334,16 @@ def test_wide_sums_are_truncated_as_well_as_narrow_ones(size: tuple[int, int, in
     rows, columns, ranks = size
     generator = torch.Generator().manual_seed(0)
     for decay in (0.0, 2.0):
-        up = torch.randn(rows, ranks, generator=generator) * torch.logspace(0, -decay, ranks)
-        exact = (up @ torch.randn(ranks, columns, generator=generator)).double()
+        factor = torch.randn(rows, ranks, generator=generator) * torch.logspace(0, -decay, ranks)
+        other = torch.randn(ranks, columns, generator=generator)
+        exact = factor.double() @ other.double()
         down, up, certificate = truncate_dense(exact.float(), RankRule(rank=8))
         error = distance(up.double() @ down.double(), exact)
         assert error == pytest.approx(best_error(exact, 8), rel=1e-5)
         assert certificate.error == pytest.approx(error, rel=1e-4)
+        down, up, certificate = truncate_wide(factor, other, RankRule(rank=8))
+        assert distance(up.double() @ down.double(), exact) == pytest.approx(error, rel=1e-5)
+        assert certificate.norm == pytest.approx(float(exact.norm()), rel=1e-5)
 
 
 def test_resizing_up_and_down() -> None:
