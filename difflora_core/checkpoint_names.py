@@ -52,6 +52,12 @@ class Slot:
     """0, 1, 2: query, key, value of a fused projection, stacked along the first axis"""
     transposed: bool = False
 
+    def fits(self, stored: tuple[int, ...]) -> bool:
+        """Whether a tensor of this shape can hold the parameter at all."""
+        if self.third is not None:
+            return len(stored) > 0 and stored[0] % 3 == 0
+        return len(stored) == 2 or not self.transposed
+
     def view(self, tensor: Tensor) -> Tensor:
         """The parameter as a view into the tensor of the file, so that writing to it works too."""
         if self.third is not None:

@@ -242,6 +242,7 @@ def _places(files: Iterable[tuple[TensorFile, str | None]], base: str) -> dict[s
         for file, component in files
         for key in file
         for name, slot in parameters(key, base, component)
+        if slot.fits(file.shape(key))
     }
 
 
@@ -250,6 +251,13 @@ def _score(places: Mapping[str, Place], base: str) -> int:
     shapes = module_table(base).shapes
     names = ((places.get(f"{layer}.weight"), shape) for layer, shape in shapes.items())
     return sum(place is not None and same_shape(place.shape, shape) for place, shape in names)
+
+
+def _fits(layer: str, shape: tuple[int, ...], stated: tuple[int, ...]) -> bool:
+    """Whether a weight has the stated shape; the first convolution may take other inputs."""
+    if f"{layer}.weight" == FIRST_WEIGHT and len(shape) == len(stated):
+        shape = (shape[0], stated[1], *shape[2:])
+    return same_shape(shape, stated)
 
 
 def _refuse_incomplete(checkpoint: Checkpoint) -> None:
@@ -266,11 +274,7 @@ def _refuse_incomplete(checkpoint: Checkpoint) -> None:
         )
     found = {layer: checkpoint.places.get(f"{layer}.weight") for layer in layers}
     for layer, place in found.items():
-        if (
-            place
-            and f"{layer}.weight" != FIRST_WEIGHT
-            and not same_shape(place.shape, shapes[layer])
-        ):
+        if place and not _fits(layer, place.shape, shapes[layer]):
             raise BadWeightsFile(
                 f"{layer} of {name} has the shape {list(place.shape)}.",
                 hint=f"The {checkpoint.base} layer has the weight {list(shapes[layer])}.",

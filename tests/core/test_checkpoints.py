@@ -182,3 +182,13 @@ def test_pickle_truncated_and_folder_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadWeightsFile, match="no model"):
         Checkpoint.open(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (385, 128), (2, 3, 4)])
+def test_fused_projections_that_cannot_be_taken_apart(shape, tmp_path):
+    prefix = "cond_stage_model.model."
+    shapes = single_file_shapes("mini") | open_clip_shapes(prefix, 3, 128)
+    shapes = {k: s for k, s in shapes.items() if ".text_model." not in k}
+    shapes[f"{prefix}transformer.resblocks.0.attn.in_proj_weight"] = shape
+    with pytest.raises(BadWeightsFile, match=r"3 layers|has the shape"):
+        Checkpoint.open(sparse_file(tmp_path / "m.safetensors", shapes))
