@@ -77,7 +77,8 @@ def _changed(name: str, parts: Parts, weight: Tensor, scales: ConfiguredScales) 
     if family == "ia3":
         return _stretched(parts, weight)
     wide = {role: part.double() for role, part in parts.items()}
-    scale = scale_of(name, family, parts, scales)
+    shapes = {role: part.shape for role, part in parts.items()}
+    scale = scale_of(name, family, shapes, parts, scales)
     if family == "glora":
         return weight + scale * _glora(wide, weight)
     pair = exact_pair(family, wide)

@@ -8,9 +8,10 @@ their own), so every spelling is looked up in a table made from the module list 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from .errors import LayoutMismatch
@@ -40,6 +41,7 @@ CONTAINERS: dict[str, str | None] = {
     "base_model.model.": None,
     "lycoris_": None,
 }
+_CONTAINER = re.compile("|".join(map(re.escape, CONTAINERS)))
 KOHYA_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
 
 
@@ -51,12 +53,13 @@ class Spelled:
     flat: str
 
     @classmethod
+    @lru_cache(maxsize=2**13)
     def parse(cls, module: str) -> Spelled:
         """Strip known containers, repeatedly: `unet.unet.` and `unet.base_model.model.` occur."""
         component, rest = None, module
-        while prefix := next((p for p in CONTAINERS if rest.startswith(p)), None):
-            component = CONTAINERS[prefix] or component
-            rest = rest[len(prefix) :]
+        while found := _CONTAINER.match(rest):
+            component = CONTAINERS[found[0]] or component
+            rest = rest[found.end() :]
         return cls(component, rest.replace(".", "_"))
 
 

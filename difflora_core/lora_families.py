@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import cache
 
 from .errors import BadLoraFile
 
@@ -123,11 +124,13 @@ def parse_among(key: str, keys: Collection[str]) -> Part | None:
 
 def family_of(roles: Iterable[str]) -> set[str]:
     """Kinds of weight difference that the tensors of a layer belong to; biases are of none."""
-    return {f for role in roles for start, f in FAMILIES.items() if _begins(role, start)}
+    return {family for role in roles if (family := _family(role))}
 
 
-def _begins(role: str, start: str) -> bool:
-    return role.startswith(start) if start.endswith("_") else role == start
+@cache
+def _family(role: str) -> str:
+    starts = (s for s in FAMILIES if (role.startswith(s) if s.endswith("_") else role == s))
+    return FAMILIES[start] if (start := next(starts, "")) else ""
 
 
 def is_beside(key: str) -> bool:
@@ -138,10 +141,25 @@ def is_beside(key: str) -> bool:
     return bool(found and found["projection"] and parse_part(key) is None)
 
 
-def refuse_unreadable(keys: Iterable[str]) -> None:
-    """Raises BadLoraFile, naming the kind of network, for what is no difference of weights."""
+def first_key(pattern: str, keys: str) -> str | None:
+    """The first of `keys`, one per line, in which `pattern` is found.
+
+    One search over all of them: files have thousands, and there are dozens of patterns.
+    """
+    found = re.search(pattern, keys, re.MULTILINE)
+    if not found:
+        return None
+    end = keys.find("\n", found.end())
+    return keys[keys.rfind("\n", 0, found.start()) + 1 : end if end >= 0 else len(keys)]
+
+
+def refuse_unreadable(keys: str) -> None:
+    """Raises BadLoraFile, naming the kind of network, for what is no difference of weights.
+
+    `keys` are those of a file, one per line.
+    """
     for pattern, family, reason in _REFUSED:
-        found = next((key for key in keys if re.search(pattern, key)), None)
+        found = first_key(pattern, keys)
         if found:
             raise BadLoraFile(
                 f"This file holds {family} (key {found}), which is not supported.",
@@ -151,11 +169,9 @@ def refuse_unreadable(keys: Iterable[str]) -> None:
 
 def needs_base(keys: Iterable[str]) -> tuple[str, str] | None:
     """The kind of network and a key of it, where it is a function of the base model's weights."""
-    for pattern, family in _ON_WEIGHTS:
-        found = next((key for key in keys if re.search(pattern, key)), None)
-        if found:
-            return family, found
-    return None
+    text = "\n".join(keys)
+    found = ((family, first_key(pattern, text)) for pattern, family in _ON_WEIGHTS)
+    return next(((family, key) for family, key in found if key), None)
 
 
 def refuse_without_base(keys: Iterable[str]) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 from .errors import BadLoraFile
 from .lora import Naming
+from .lora_families import first_key
 
 _CONTAINERS = (
     r"^(?:(?:transformer|diffusion_model|base_model\.model|model)\."
@@ -42,18 +42,21 @@ _NAMES = (
 _KNOWN = "Expected a LoRA of a Stable Diffusion 1.x, 2.x or XL model, or of the mini model."
 
 
-def refuse_no_lora(keys: Iterable[str]) -> None:
-    """Raises BadLoraFile, saying what the file is, when any key is of no LoRA of a whole model."""
+def refuse_no_lora(keys: str) -> None:
+    """Raises BadLoraFile, saying what the file is, when any key is of no LoRA of a whole model.
+
+    `keys` are those of a file, one per line.
+    """
     for pattern, kind in _NO_LORA:
-        found = next((key for key in keys if re.search(pattern, key)), None)
+        found = first_key(pattern, keys)
         if found:
             raise BadLoraFile(f"This file is {kind} (key {found}).", hint=_KNOWN)
 
 
-def other_model(keys: Iterable[str]) -> tuple[str, str] | None:
+def other_model(keys: str) -> tuple[str, str] | None:
     """The model without a module table that a file is for, and a key that tells so."""
     for pattern, model in _OTHER_MODELS:
-        found = next((key for key in keys if re.search(pattern, key)), None)
+        found = first_key(pattern, keys)
         if found:
             return model, found
     return None

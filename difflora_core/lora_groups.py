@@ -28,22 +28,27 @@ class Group:
         """Kinds of weight difference; more than one is a mistake of the file, none means biases."""
         return family_of(self.keys)
 
-    @property
+    @cached_property
     def family(self) -> str:
         return next(iter(self.families), "")
 
-    @property
+    @cached_property
     def complete(self) -> bool:
         """Whether all that the kind of difference needs is there."""
         roles = self.keys.keys()
         return all(any(set(way) <= roles for way in ways) for ways in NEEDED.get(self.family, ()))
 
     @cached_property
+    def weights(self) -> tuple[str, ...]:
+        """Roles of the tensors that make up the weight difference, sorted."""
+        return tuple(sorted(role for role in self.keys if family_of([role])))
+
+    @cached_property
     def outline(self) -> Pair | None:
         """The two factors without values; None where the parts do not fit each other."""
         parts = {
-            role: torch.empty(shape, dtype=self.dtypes[role], device="meta")
-            for role, shape in self.shapes.items()
+            role: torch.empty(self.shapes[role], dtype=self.dtypes[role], device="meta")
+            for role in self.weights
         }
         try:
             return exact_pair(self.family, parts)
@@ -53,8 +58,7 @@ class Group:
     @cached_property
     def inner(self) -> tuple[int, ...] | None:
         """(in, kh, kw) as far as the parts tell it."""
-        parts = {r: torch.empty(shape, device="meta") for r, shape in self.shapes.items()}
-        return inner_told(self.family, parts)
+        return inner_told(self.family, self.shapes)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         """Whether the parts make a weight of `shape`; what is incomplete fits anywhere."""

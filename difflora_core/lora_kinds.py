@@ -56,15 +56,15 @@ def exact_pair(family: str, parts: Parts) -> Pair:
     return pair
 
 
-def inner_told(family: str, parts: Parts) -> tuple[int, ...] | None:
+def inner_told(family: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
     """(in, kh, kw) where the shapes of the parts tell it; None where the weight has to."""
     if family == "lora":
-        kernel = parts["mid"].shape[2:] if "mid" in parts else parts["down"].shape[2:]
-        return with_kernel((parts["down"].shape[1], *kernel))
+        kernel = shapes["mid"][2:] if "mid" in shapes else shapes["down"][2:]
+        return with_kernel((shapes["down"][1], *kernel))
     if family == "full":
-        return with_kernel(parts["diff"].shape[1:])
-    if "hada_t1" in parts:
-        return (parts["hada_w1_b"].shape[1], *parts["hada_t1"].shape[2:])
+        return with_kernel(shapes["diff"][1:])
+    if "hada_t1" in shapes:
+        return (shapes["hada_w1_b"][1], *shapes["hada_t1"][2:])
     return None
 
 

@@ -14,10 +14,8 @@ from .lora import LayerOutline, LoraLayer
 from .lora_groups import Group
 from .lora_kinds import Misfit, exact_pair
 from .lora_scales import ConfiguredScales, scale_of
-from .tensor_file import TensorSource
+from .tensor_file import TensorSource, is_finite
 
-CHUNK = 2**20
-"""numbers that are looked at together, so that a check needs no memory of the tensor's size"""
 REFINER_TEXT_WIDTH = 1280
 LARGEST = 2**18
 """features of one side of a layer of any model; a Kronecker product can claim far more"""
@@ -64,8 +62,7 @@ def read_parts(keys: Mapping[str, str], source: TensorSource) -> dict[str, Tenso
 
 def refuse_not_finite(key: str, tensor: Tensor) -> None:
     """Raises BadLoraFile for NaN and infinity."""
-    flat = tensor.flatten()
-    if not all(bool(torch.isfinite(piece).all()) for piece in flat.split(CHUNK)):
+    if not is_finite(tensor):
         raise BadLoraFile(
             f"{key} holds NaN or infinite values.",
             hint="The training broke down; use an earlier checkpoint of it.",
@@ -98,35 +95,31 @@ def plan_layer(
         warnings.append(f"{name} has alpha 0: no effect here, full effect in kohya's programs.")
     dtype = torch.float16 if pair.up.dtype.itemsize == 1 else pair.up.dtype
     weight = shape or _own_shape(group, pair.sides)
-    keys = {role: key for role, key in group.keys.items() if role in _weights(group)}
+    keys = {role: group.keys[role] for role in group.weights}
     return LayerPlan(name, group.family, keys, LayerOutline(pair.rank, weight, dtype, scale))
 
 
 def layer_scale(name: str, group: Group, source: TensorSource, scales: ConfiguredScales) -> float:
     """alpha / rank; only the numbers that say so are read."""
-    parts = {role: torch.empty(shape, device="meta") for role, shape in group.shapes.items()}
-    for role in ("alpha", "scale"):
-        if role in group.keys and prod(group.shapes[role]) == 1:  # others are refused by shape
-            parts[role] = source.tensor(group.keys[role])
-    return scale_of(name, group.family, parts, scales)
-
-
-def _weights(group: Group) -> set[str]:
-    """Roles that make up the weight difference."""
-    starts = {"lora": ("down", "up", "mid"), "full": ("diff",)}
-    chosen = starts.get(group.family, ("hada_", "lokr_"))
-    return {r for r in group.keys if r in chosen or r.startswith(("hada_", "lokr_"))}
+    told = {
+        role: source.tensor(group.keys[role])
+        if prod(group.shapes[role]) == 1
+        else torch.empty(group.shapes[role], device="meta")  # refused by its shape, unread
+        for role in ("alpha", "scale")
+        if role in group.keys
+    }
+    return scale_of(name, group.family, group.shapes, told, scales)
 
 
 def _own_shape(group: Group, sides: tuple[int, int]) -> tuple[int, ...]:
     """The shape of a weight without a table: linear, or a convolution where the parts say so."""
     told = group.inner
-    four = any(len(group.shapes[role]) == 4 for role in _weights(group))
+    four = any(len(group.shapes[role]) == 4 for role in group.weights)
     return (sides[0], *told) if four and told and len(told) == 3 else sides
 
 
 def _rank_is_zero(group: Group) -> bool:
-    return all(prod(group.shapes[role]) == 0 for role in _weights(group)) or (
+    return all(prod(group.shapes[role]) == 0 for role in group.weights) or (
         group.outline is not None and group.outline.rank == 0
     )
 
@@ -139,7 +132,7 @@ def _refuse_incomplete(name: str, group: Group, shape: tuple[int, ...] | None) -
         )
     if group.complete:
         return
-    role = next(iter(_weights(group)))
+    role = group.weights[0]
     hint = _DAMAGED
     if role == "down" and group.shapes[role] == shape:
         hint = "The one tensor has the shape of the whole weight: a full-rank difference."
@@ -147,14 +140,14 @@ def _refuse_incomplete(name: str, group: Group, shape: tuple[int, ...] | None) -
 
 
 def _refuse_numbers(name: str, group: Group) -> None:
-    for role in _weights(group):
+    for role in group.weights:
         if not group.dtypes[role].is_floating_point:
             kind = str(group.dtypes[role]).removeprefix("torch.")
             raise BadLoraFile(f"{group.keys[role]} holds {kind} numbers, which are no weights.")
 
 
 def _refuse_misfits(name: str, group: Group, shape: tuple[int, ...] | None) -> None:
-    found = ", ".join(f"{group.keys[r]} {list(group.shapes[r])}" for r in sorted(_weights(group)))
+    found = ", ".join(f"{group.keys[r]} {list(group.shapes[r])}" for r in group.weights)
     if group.family == "lora":
         _refuse_ranks(name, group, found)
     if group.outline is None:

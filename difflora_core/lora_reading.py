@@ -125,11 +125,12 @@ def sort_contents(
     """Layers by name; `on_base` lets kinds pass that need the base model's weights."""
     if not len(source):
         raise BadLoraFile("This file holds no tensors.")
-    refuse_no_lora(source)
-    other = other_model(source)
+    keys = "\n".join(source)
+    refuse_no_lora(keys)
+    other = other_model(keys)
     if other and not any_model:
         refuse_other_model(other)
-    refuse_unreadable(source)
+    refuse_unreadable(keys)
     if not on_base:
         refuse_without_base(source)
     groups, styles = group_parts(source, warnings, names_by_index(source))

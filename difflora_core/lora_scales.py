@@ -43,19 +43,24 @@ def rank_of_scale(family: str, shapes: Mapping[str, Sequence[int]]) -> int | Non
 
 
 def scale_of(
-    name: str, family: str, parts: Mapping[str, Tensor], scales: ConfiguredScales
+    name: str,
+    family: str,
+    shapes: Mapping[str, Sequence[int]],
+    told: Mapping[str, Tensor],
+    scales: ConfiguredScales,
 ) -> float:
     """alpha / rank of one layer, by its tensors or by a configuration; 1 without either.
 
+    `shapes` are those of its parts by role; `told` holds its tensors `alpha` and `scale`, if any.
     Raises BadLoraFile for an alpha that is no finite number, where it counts.
     """
     if family == "full":
         return 1.0
-    if "scale" in parts:  # the web UI's own spelling, which takes the place of alpha / rank
-        return scale_from_alpha(name, parts["scale"], 1)
-    rank = rank_of_scale(family, {role: part.shape for role, part in parts.items()})
-    if "alpha" in parts:
-        return scale_from_alpha(name, parts["alpha"], rank) if rank else 1.0
+    if "scale" in told:  # the web UI's own spelling, which takes the place of alpha / rank
+        return scale_from_alpha(name, told["scale"], 1)
+    rank = rank_of_scale(family, shapes)
+    if "alpha" in told:
+        return scale_from_alpha(name, told["alpha"], rank) if rank else 1.0
     configured = scales.scale(name, rank)
     return 1.0 if configured is None else configured
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from .errors import BadWeightsFile
 from .key_names import detect_base, kohya_name
 from .lora import LayerOutline, Lora, LoraLayer
+from .tensor_file import is_finite
 from .tensor_writing import TensorOutline
 
 _SUFFIXES = {
@@ -89,7 +90,7 @@ def outlines_of(lora: Lora, dtype: torch.dtype) -> dict[str, TensorOutline]:
 def finite_tensors(lora: Lora, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """As `tensors_of`. Raises BadWeightsFile where a number does not fit into `dtype`."""
     for key, tensor in tensors_of(lora, dtype):
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             raise BadWeightsFile(
                 f"{key} is not finite in {str(dtype).removeprefix('torch.')}.",
                 hint="Values too big for 16 bits can be saved as float32."

@@ -183,7 +183,8 @@ def test_damaged_files_give_a_right_result_or_one_sentence(
                 assert any(equal(layer.up, tensor) for tensor in stored.values()) or (
                     layer.rank >= min(layer.weight_shape[:2])  # a whole difference
                 ), number
-    assert read or damage in (truncated, absurd), "nothing was read at all"
+    hopeless = (truncated, absurd, mixed_bases)
+    assert read or damage in hopeless, "nothing was read at all"
 
 
 def equal(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -157,9 +157,14 @@ def test_linear_stored_as_a_1x1_convolution_and_the_reverse() -> None:
     conv = "lora_unet_down_blocks_0_attentions_0_proj_in"
     shapes = {f"{Q}.lora_down.weight": [4, 320, 1, 1], f"{Q}.lora_up.weight": [320, 4, 1, 1]}
     shapes |= {f"{conv}.lora_down.weight": [4, 320], f"{conv}.lora_up.weight": [320, 4]}
-    layers = read_lora_tensors(filled(shapes)).lora.layers
+    layers = read_lora_tensors(filled(shapes), {"ss_base_model_version": "sd_v1"}).lora.layers
     assert layers[Q_NAME].weight_shape == (320, 320)
     assert layers["unet.down_blocks.0.attentions.0.proj_in"].weight_shape == (320, 320, 1, 1)
+
+
+def test_projections_without_a_kernel_are_those_of_sd_2() -> None:
+    tensors = pair(Q) | pair("lora_unet_down_blocks_0_attentions_0_proj_in")
+    assert read_lora_tensors(tensors).base == "sd21"
 
 
 def test_stray_keys_are_left_out_and_listed() -> None:
