@@ -19,7 +19,7 @@ from torch import Tensor
 from .errors import BadLoraFile
 from .lora_families import family_of, parse_among
 from .lora_kinds import Misfit, Parts, exact_pair
-from .lora_scales import ConfiguredScales, scale_of
+from .lora_scales import ConfiguredScales, scale_from_alpha, scale_of
 
 NEUMANN_TERMS = 5
 """of PEFT's series for the Cayley transform, its default"""
@@ -48,13 +48,15 @@ def weight_difference(name: str, parts: Parts, weight: Tensor, scales: Configure
     """As `difference`, of tensors by role (see `lora_families.Part`)."""
     base = weight.double()
     try:
+        if not all(part.numel() for part in parts.values()):
+            raise Misfit("an empty tensor")
         changed = _changed(name, parts, base, scales)
         if "dora_scale" in parts:
             changed = _with_magnitude(changed, parts["dora_scale"].double())
         elif "magnitude" in parts:  # PEFT's and ai-toolkit's
             changed = _with_magnitude(changed, parts["magnitude"].double().flatten())
         return (changed - base).float()
-    except (Misfit, RuntimeError, IndexError) as error:
+    except (ValueError, RuntimeError, IndexError) as error:  # of einops and torch
         shapes = ", ".join(f"{role} {list(part.shape)}" for role, part in parts.items())
         raise BadLoraFile(
             f"The tensors of {name} do not fit its weight {list(weight.shape)}: {shapes}.",
@@ -137,7 +139,7 @@ def _turned(parts: Parts, weight: Tensor, config: Mapping) -> Tensor:
         return _turned_inputs(parts["oft_R"].double(), weight, config)
     blocks = parts["oft_blocks"].double()
     skew = blocks - blocks.transpose(-1, -2)
-    alpha = float(parts["alpha"].double()) if "alpha" in parts else 0.0
+    alpha = scale_from_alpha("the blocks", parts["alpha"], 1) if "alpha" in parts else 0.0
     limit, norm = alpha * weight.shape[0], float(skew.norm())
     if 0 < limit < norm:
         skew = skew * (limit / norm)

@@ -33,13 +33,14 @@ def rank_of_scale(family: str, shapes: Mapping[str, Sequence[int]]) -> int | Non
         "lora": ("up",),
         "loha": ("hada_w1_b",),
         "lokr": ("lokr_w2_b", "lokr_w1_b"),
-        "glora": ("b2",),
+        "glora": ("b1",),
     }.get(family, ())
     role = next((role for role in split if role in shapes), None)
-    if role is None:
+    if role is None or len(shapes[role]) < 2:
         return None
-    shape = shapes[role]
-    return min(shape[:2]) if family == "glora" else shape[1 if family == "lora" else 0]
+    if family == "glora":  # [out, r], and in older files [r, in]
+        return shapes[role][1 if tuple(shapes["b2"][:1]) == tuple(shapes[role][1:2]) else 0]
+    return shapes[role][1 if family == "lora" else 0]
 
 
 def scale_of(

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load, save
 
 from difflora_core.errors import DiffLoRAError
+from difflora_core.lora_on_base import open_lora_needing_base
 from difflora_core.weights_file import lora_to_kohya, open_lora
 from tests.core.lora_samples import random_lora
 
@@ -206,9 +207,48 @@ def test_lazy_reading_finds_what_eager_reading_finds(tmp_path: Path) -> None:
         assert outcomes[0] == outcomes[1], number
 
 
+ON_BASE = [
+    {"lora_down.weight": 2, "lora_up.weight": 2, "alpha": 0, "dora_scale": 2},
+    {"oft_blocks": 3, "alpha": 0, "rescale": 2},
+    {"oft_blocks": 4, "alpha": 0},
+    {"oft_R.weight": 2},
+    {"a1.weight": 2, "a2.weight": 2, "b1.weight": 2, "b2.weight": 2, "alpha": 0},
+    {"ia3_l": 2},
+    {"weight": 1, "on_input": 0},
+    {"lokr_w1": 2, "lokr_w2_a": 2, "lokr_w2_b": 2, "lora_magnitude_vector": 1},
+]
+"""tensors of kinds on the base weight, with their usual number of dimensions"""
+
+
+def test_kinds_on_the_base_weight_of_any_shape_end_in_a_difference_or_a_sentence(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "a.safetensors"
+    generator, weight = random.Random(0), torch.randn(64, 64)
+    module = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    changed = 0
+    for _ in range(300):
+        tensors = {}
+        for suffix, dimensions in generator.choice(ON_BASE).items():
+            dimensions = generator.choice([dimensions] * 6 + [0, 1, 2, 3])
+            shape = [generator.choice([64, 64, 2, 4, 32, 1, 0, 3]) for _ in range(dimensions)]
+            if generator.random() < 0.95:
+                tensors[f"{module}.{suffix}"] = torch.ones(shape) * 0.1
+        path.write_bytes(save(tensors or {"x": torch.ones(1)}))
+        try:
+            for delta in open_lora_needing_base(path).deltas.values():
+                assert delta(weight).shape == weight.shape
+                changed += 1
+        except DiffLoRAError as error:
+            assert "\n" not in error.message
+            assert error.message.endswith(".")
+    assert changed
+
+
 MEASURE = """
 import resource, sys
 from difflora_core.errors import DiffLoRAError
+from difflora_core.lora_on_base import open_lora_needing_base
 from difflora_core.weights_file import open_lora
 
 def grown(path, lazy):

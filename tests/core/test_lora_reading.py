@@ -55,6 +55,12 @@ def test_impossible_alpha_is_refused(alpha: Tensor) -> None:
         read_lora_tensors(pair(alpha=alpha))
 
 
+def test_the_scale_of_a1111_takes_the_place_of_alpha_over_rank() -> None:
+    reading = read_lora_tensors(pair(scale=torch.tensor(0.25), alpha=torch.tensor(4.0)))
+    assert only_layer(reading).scale == 0.25
+    assert any("A1111" in warning for warning in reading.warnings)
+
+
 def test_ranks_and_alphas_are_read_per_layer() -> None:
     tensors = pair(Q, 10, alpha=torch.tensor(10.0)) | pair(K, 18, alpha=torch.tensor(9.0))
     lora = read_lora_tensors(tensors).lora
