@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from .extract_sources import Source
 from .header import LoraHeader
 from .key_names import module_table
 from .lora import LayerOutline, LazyLayers, Lora, LoraLayer
-from .merging import Certificate, RankRule, truncate_dense
+from .merging import Certificate, RankRule, summary, truncate_dense
 from .merging.rules import ranks_within
 from .weights_file import write_lora
 
@@ -30,7 +29,6 @@ Certificates = Mapping[str, Certificate]
 
 HEADROOM = 8
 """with a size limit, layers are kept up to this many times the rank that all could have"""
-WORST = 10
 _MEGABYTE = 1_000_000
 
 
@@ -84,7 +82,7 @@ def extract(
         "same": len(layers) - len(certificates),
         "offsets": len(offsets),
         "resumed": resumed,
-        **_summary(certificates),
+        **summary(certificates),
         "warnings": warnings,
         "seconds": round(time.perf_counter() - begin, 3),
     }
@@ -182,20 +180,3 @@ def _lazy(
         return LoraLayer(name, down, up)
 
     return LazyLayers(outline, layer)
-
-
-def _summary(certificates: Certificates) -> dict:
-    """What was kept of all layers together, and the layers with the largest errors."""
-    kept = certificates.values()
-    norm = math.sqrt(sum(c.norm**2 for c in kept))
-    energy = sum(c.energy * c.norm**2 for c in kept)
-    lost = math.sqrt(sum((c.error * c.norm) ** 2 for c in kept))
-    worst = sorted(certificates, key=lambda name: certificates[name].error, reverse=True)[:WORST]
-    return {
-        "layers": len(certificates),
-        "ranks": {str(rank): count for rank, count in Counter(c.rank for c in kept).most_common()},
-        "energy": energy / norm**2 if norm else 1.0,
-        "error": lost / norm if norm else 0.0,
-        "norm": norm,
-        "worst": [{"layer": name, "error": certificates[name].error} for name in worst],
-    }

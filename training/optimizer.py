@@ -28,7 +28,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
@@ -42,6 +42,7 @@ class Muon(torch.optim.Optimizer):
         momentum = group["momentum"]
         directions = []
         for p in parameters:
+            assert p.grad is not None
             mean = self.state[p].setdefault("mean", torch.zeros_like(p))
             mean.lerp_(p.grad, 1 - momentum)
             directions.append(torch.lerp(p.grad, mean, momentum).flatten(1))

@@ -11,7 +11,7 @@ from .engine import Merged, merge, resize
 from .inputs import MergeInput, MergeSettings
 from .methods import METHODS
 from .pictures import heat_map, spectrum_picture
-from .report import merge_header
+from .report import merge_header, summary
 from .rules import RankRule
 from .truncation import truncate_dense
 from .weighting import WEIGHTINGS
@@ -32,5 +32,6 @@ __all__ = [
     "merge_header",
     "resize",
     "spectrum_picture",
+    "summary",
     "truncate_dense",
 ]

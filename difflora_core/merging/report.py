@@ -33,7 +33,6 @@ def report(job: Job, certificates: Mapping[str, Certificate], seconds: float) ->
     """Facts about a merge; errors are relative to the method's exact result."""
     settings = job.settings
     weights = overall_weights(job.inputs, settings)
-    worst = sorted(certificates, key=lambda name: certificates[name].error, reverse=True)[:_WORST]
     return {
         "method": settings.method,
         "weighting": settings.weighting,
@@ -41,11 +40,8 @@ def report(job: Job, certificates: Mapping[str, Certificate], seconds: float) ->
             {"title": entry.title, "weight": weight, "layers": len(held)}
             for entry, weight, held in zip(job.inputs, weights, job.held, strict=True)
         ],
-        "layers": len(certificates),
-        "ranks": dict(Counter(c.rank for c in certificates.values()).most_common()),
-        **_totals(certificates),
+        **summary(certificates),
         "blocks": _by_block(certificates),
-        "worst": [{"layer": name, "error": certificates[name].error} for name in worst],
         "certificates": {name: _certificate(c) for name, c in certificates.items()},
         "warnings": _warnings(job),
         "seconds": seconds,
@@ -100,6 +96,18 @@ def _common(inputs: Sequence[MergeInput]) -> dict[str, str]:
         name: first[name]
         for name in names
         if name in first and all(e.lora.metadata.get(name) == first[name] for e in inputs)
+    }
+
+
+def summary(certificates: Mapping[str, Certificate]) -> dict[str, Any]:
+    """All layers together: their number, ranks, what was kept, and the largest errors."""
+    worst = sorted(certificates, key=lambda name: certificates[name].error, reverse=True)[:_WORST]
+    ranks = Counter(certificate.rank for certificate in certificates.values())
+    return {
+        "layers": len(certificates),
+        "ranks": {str(rank): count for rank, count in ranks.most_common()},
+        **_totals(certificates),
+        "worst": [{"layer": name, "error": certificates[name].error} for name in worst],
     }
 
 
