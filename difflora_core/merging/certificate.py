@@ -42,7 +42,7 @@ def certify(
     shared = ((exact_up.mT @ up).double() * (exact_down @ down.mT).double()).sum()
     own = ((up.mT @ up).double() * (down @ down.mT).double()).sum()
     lost = float((norm**2 - 2 * shared + own).clamp_min(0))
-    return _certificate(up.shape[1], lost, norm, sigma)
+    return certified(up.shape[1], lost, norm, sigma)
 
 
 def certify_dense(
@@ -54,10 +54,11 @@ def certify_dense(
     lost = float(norm**2 - 2 * shared + own)
     if lost < _CANCELLED * norm**2:
         lost = float((dense(exact).double() - up.double() @ down.double()).square().sum())
-    return _certificate(up.shape[1], lost, norm, sigma)
+    return certified(up.shape[1], lost, norm, sigma)
 
 
-def _certificate(rank: int, lost: float, norm: float, sigma: Tensor) -> Certificate:
+def certified(rank: int, lost: float, norm: float, sigma: Tensor) -> Certificate:
+    """Certificate of a known squared error `lost`; an empty sigma stands for an exact result."""
     error = lost**0.5 / norm if norm else 0.0
     if not len(sigma):  # nothing was left out, so nothing was decomposed
         return Certificate(rank, rank, 1.0, error, norm, ())

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .certificate import Certificate, certify, certify_dense
+from .certificate import Certificate, certified, certify, certify_dense
 from .krylov import top_singular
 from .operator import LowRank, Matrix, frobenius
 from .operator import pays as product_pays
@@ -30,10 +30,10 @@ from .rules import RankRule
 _CONDITION = {torch.float64: 1e-5, torch.float32: 3e-2}
 #: share of the squared norm that has to be lost for float32 Grams to be exact enough
 _COARSE = 0.05
+#: spacing of numbers below which rounding adds less than 1e-5 of an error that `_COARSE` allows
+_FINE = 1e-3
 #: from this share of the layer's smaller side on, a sum is built and treated as a dense matrix
 _WIDE = 0.3
-
-
 #: singular values below this share of the largest are noise of float64 Gram matrices
 _NOISE = 1e-7
 
@@ -75,6 +75,9 @@ class Core:
         up = self.up @ (self.left[:, :rank] * root).to(self.up)
         down = (self.right[:, :rank] / root).mT.to(self.down) @ self.down
         up, down = up.to(dtype), down.to(dtype)
+        lost = self.lost(rank)
+        if lost > _COARSE and torch.finfo(dtype).eps < _FINE:  # rounding is nothing beside it
+            return down, up, certified(rank, lost * self.norm**2, self.norm, self.sigma)
         return down, up, certify(self.up, self.down, up, down, self.norm, self.sigma)
 
 
