@@ -81,6 +81,44 @@ def size_inputs(default: str, amount: float) -> list[io.Input]:
     ]
 
 
+def rare_inputs() -> list[io.Input]:
+    """What only some methods and few users need."""
+    return [
+        advanced(
+            io.Float.Input(
+                "density",
+                default=0.5,
+                min=0.01,
+                max=1.0,
+                step=0.01,
+                optional=True,
+                tooltip="Share of values kept by ties, dare, della, knots and core_space.",
+            )
+        ),
+        advanced(
+            io.Int.Input(
+                "seed",
+                default=0,
+                min=0,
+                max=2**53 - 1,
+                control_after_generate=True,
+                optional=True,
+                tooltip="For the methods that draw at random, dare and della.",
+            )
+        ),
+        advanced(
+            io.String.Input(
+                "blocks",
+                default="",
+                multiline=True,
+                optional=True,
+                tooltip="Factors per block, one line per LoRA (- for none), such as: "
+                "unet.mid_block=0.5, text_encoder=0. Empty: none.",
+            )
+        ),
+    ]
+
+
 def method_tooltip() -> str:
     """What each method does, one line each."""
     lines = [f"{name}: {method.summary.rstrip('.')}." for name, method in METHODS.items()]
@@ -124,38 +162,7 @@ class MergeLoras(io.ComfyNode):
                     step=0.05,
                     tooltip="Scale the weights to this sum; 0 leaves it to the method.",
                 ),
-                advanced(
-                    io.Float.Input(
-                        "density",
-                        default=0.5,
-                        min=0.01,
-                        max=1.0,
-                        step=0.01,
-                        optional=True,
-                        tooltip="Share of values kept by ties, dare, della, knots and core_space.",
-                    )
-                ),
-                advanced(
-                    io.Int.Input(
-                        "seed",
-                        default=0,
-                        min=0,
-                        max=2**53 - 1,
-                        control_after_generate=True,
-                        optional=True,
-                        tooltip="For the methods that draw at random, dare and della.",
-                    )
-                ),
-                advanced(
-                    io.String.Input(
-                        "blocks",
-                        default="",
-                        multiline=True,
-                        optional=True,
-                        tooltip="Factors per block, one line per LoRA (- for none), such as: "
-                        "unet.mid_block=0.5, text_encoder=0. Empty: none.",
-                    )
-                ),
+                *rare_inputs(),
             ],
             outputs=[
                 sockets.LoraModel.Output(
