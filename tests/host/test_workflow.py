@@ -42,7 +42,7 @@ def test_first_light_runs_on_random_weights(
     assert torch.isfinite(values["person"]).all()
     assert not torch.equal(values["base"], values["person"])
     saved = {path.name[:4] for path in (host.base / "output" / "difflora").glob("*.png")}
-    assert saved == {"base", "pers"}
+    assert {"base", "pers"} <= saved
 
 
 #: What the shipped weights must do and do not do yet: they were trained for minutes on a CPU (see
