@@ -48,6 +48,10 @@ _WEIGHT_FACTS = (
 )  # fmt: skip
 
 
+HASH_FIELDS = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+"""fields under which trainers keep a hash of the weights"""
+
+
 @dataclass(frozen=True)
 class LoraHeader:
     """Facts about one LoRA; `to_dict` spells them for the file."""

@@ -7,6 +7,7 @@ charged to the process, and a file that shrinks under a mapping kills it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -130,6 +131,15 @@ class TensorFile:
 
     def dtype(self, key: str) -> torch.dtype:
         return self._entries[key].dtype
+
+    def weights_hash(self) -> str:
+        """SHA-256 of all bytes after the header, as modelspec defines it: `0x...`."""
+        digest = hashlib.sha256()
+        with self.path.open("rb") as file:
+            file.seek(self._offset)
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return "0x" + digest.hexdigest()
 
     def tensor(self, key: str) -> Tensor:
         """Read one tensor, on the CPU, as it is stored."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .errors import BadWeightsFile
-from .header import LoraHeader, network_fields
+from .header import HASH_FIELDS, LoraHeader, network_fields
 from .lora import Lora
 from .lora_reading import LoraReading, read_lora_source, read_lora_tensors, take_layers
 from .lora_writing import finite_tensors, outlines_of, tensors_of
@@ -47,6 +48,14 @@ def open_lora(path: str | Path, *, lazy: bool = False, any_model: bool = False) 
     config = adapter_config(file.path, file)
     reading = read_lora_source(file, file.metadata, config, any_model=any_model)
     return reading if lazy else take_layers(reading)
+
+
+def identified(lora: Lora, path: str | Path) -> Lora:
+    """A LoRA with a hash of its file's weights among the header fields, worked out if need be."""
+    if any(lora.metadata.get(field) for field in HASH_FIELDS):
+        return lora
+    found = {HASH_FIELDS[0]: TensorFile(path).weights_hash()}
+    return replace(lora, metadata={**lora.metadata, **found})
 
 
 def read_lora(path: str | Path, *, any_model: bool = False) -> Lora:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..difflora_core.header import LoraHeader
 from ..difflora_core.key_names import detect_base
-from ..difflora_core.weights_file import open_lora, write_lora
+from ..difflora_core.weights_file import identified, open_lora, write_lora
 from . import host, lora_models, sockets
 from .lora_models import PRECISIONS
 from .sockets import CATEGORY
@@ -51,10 +51,11 @@ class LoadLoraFile(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
-        reading = open_lora(host.listed_path("loras", file), any_model=True)
+        path = host.listed_path("loras", file)
+        reading = open_lora(path, any_model=True)
         ranks = sorted(set(reading.lora.ranks.values()))
         info = [f"{reading.layout}, base {reading.base}, {len(reading.lora)} layers, rank {ranks}"]
-        lora = host.LoraModel(reading.lora, reading.lora.metadata)
+        lora = host.LoraModel(reading.lora, identified(reading.lora, path).metadata)
         return io.NodeOutput(lora, "\n".join(info + list(reading.warnings)))
 
 

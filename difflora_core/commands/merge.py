@@ -86,11 +86,12 @@ def _settings(args: argparse.Namespace) -> MergeSettings:
 
 def _inputs(args: argparse.Namespace) -> list[MergeInput]:
     from ..merging import MergeInput
+    from ..weights_file import identified
 
     weights = weights_for(len(args.files), args.weights)
     blocks = blocks_for(len(args.files), [_typed_or_stored(text) for text in args.blocks])
     titles = distinct([path.stem for path in args.files])
-    loras = [open_input(path).lora for path in args.files]
+    loras = [identified(open_input(path).lora, path) for path in args.files]
     return [MergeInput(*parts) for parts in zip(loras, titles, weights, blocks, strict=True)]
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..header import LoraHeader
+from ..header import HASH_FIELDS, LoraHeader
 from ..key_names import detect_base
 from .blocks import block_of
 from .certificate import Certificate
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from .engine import Merged
 
 _WORST = 5
-#: fields under which trainers keep a hash of the weights
-_HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 _FACTOR_WARNING = (
     "factor_average is not the average of the LoRAs: it mixes factors of different LoRAs, and for "
     "unrelated ones the result is mostly noise. Use average."
@@ -79,7 +77,7 @@ def _certificate(certificate: Certificate) -> dict[str, float]:
 def _identity(entry: MergeInput) -> dict[str, Any]:
     """Hash, trigger and block weights of an input, as far as there are any."""
     metadata = entry.lora.metadata
-    found = next((metadata[name] for name in _HASHES if metadata.get(name)), "")
+    found = next((metadata[name] for name in HASH_FIELDS if metadata.get(name)), "")
     facts = {
         "hash": found,
         "trigger": metadata.get("modelspec.trigger_phrase", ""),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from difflora_core.__main__ import main
 from difflora_core.header import LoraHeader
 from difflora_core.merging import METHODS
-from difflora_core.weights_file import read_lora, write_lora
+from difflora_core.weights_file import lora_to_kohya, read_lora, write_lora
 from tests.core.lora_samples import attention_lora
 
 
@@ -239,3 +241,13 @@ def test_damaged_files_end_with_a_sentence_or_a_right_result(
 
 def test_one_file_cannot_be_compared(files: list[str], capsys) -> None:
     assert "cannot be compared" in refused(["compare", files[0]], capsys)
+
+
+def test_inputs_without_a_hash_get_one(tmp_path: Path, capsys) -> None:
+    path, out = tmp_path / "bare.safetensors", tmp_path / "both.safetensors"
+    save_file(lora_to_kohya(attention_lora("mini")), path)
+    done(["merge", str(path), str(path), "--out", str(out)], capsys)
+    content = path.read_bytes()
+    weights = content[8 + int.from_bytes(content[:8], "little") :]
+    merged_from = json.loads(read_lora(out).metadata["difflora.merge"])["inputs"]
+    assert {e["hash"] for e in merged_from} == {"0x" + hashlib.sha256(weights).hexdigest()}
