@@ -102,8 +102,8 @@ def test_embedding_is_the_torch_twins(root: Path, twin: Recogniser, examples: Ex
     with torch.no_grad():
         expected, ours = twin(crop)[0].numpy(), twin(own)[0].numpy()
     assert np.abs(face.embedding - expected).max() < 1e-4
-    # cv2 rounds to 1/32 pixel, and an untrained network feels that
-    assert np.corrcoef(ours, expected)[0, 1] > 0.95
+    assert np.corrcoef(ours, expected)[0, 1] > 0.9  # cv2 rounds to 1/32 pixel
+    assert (own - crop).abs().mean() < 0.01
     assert face.embedding.shape == (128,) and face.sharpness > 0
 
 
