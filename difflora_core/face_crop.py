@@ -53,8 +53,18 @@ def align(images: Tensor, landmarks: Tensor, size: int = TEMPLATE_SIZE) -> Tenso
     Returns: [B, C, size, size]. Differentiable in the images and the landmarks.
     """
     template = torch.tensor(TEMPLATE, device=images.device) * (size / TEMPLATE_SIZE)
-    back = similarity(template.expand(len(images), 5, 2), landmarks)
-    return warp(images, back, size)
+    # fitted towards the template and then inverted, as InsightFace does: a fit the other way round
+    # minimises other distances and zooms in by up to a tenth where a face is unlike the template
+    there = similarity(landmarks, template.expand(len(images), 5, 2))
+    return warp(images, inverted(there), size)
+
+
+def inverted(matrices: Tensor) -> Tensor:
+    """Inverses of similarities [B, 2, 3], in the same form."""
+    turn, shift = matrices[..., :2], matrices[..., 2]
+    determinant = turn[:, 0, 0] * turn[:, 1, 1] - turn[:, 0, 1] * turn[:, 1, 0]
+    back = turn.mT / determinant.clamp(min=1e-12)[:, None, None]
+    return torch.cat([back, -(back * shift[:, None]).sum(-1, keepdim=True)], -1)
 
 
 def warp(images: Tensor, back: Tensor, size: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from difflora_core.face_crop import TEMPLATE, TEMPLATE_SIZE, similarity, warp
+from difflora_core.face_crop import TEMPLATE, TEMPLATE_SIZE, inverted, similarity, warp
 from difflora_core.likeness import Calibration, fit_calibration
 from difflora_core.recogniser import ConvNeXtConfig, IResNetConfig, Recogniser, RecogniserConfig
 
@@ -120,7 +120,7 @@ def draw_examples(
 def roomy_crops(images: Tensor, landmarks: Tensor) -> Tensor:
     """ArcFace's alignment with ROOM more pixels on each side."""
     template = torch.tensor(TEMPLATE, device=images.device).expand(len(images), 5, 2) + ROOM
-    return warp(images, similarity(template, landmarks), TEMPLATE_SIZE + 2 * ROOM)
+    return warp(images, inverted(similarity(landmarks, template)), TEMPLATE_SIZE + 2 * ROOM)
 
 
 def misalign(crops: Tensor, amount: float = 1.0) -> Tensor:
