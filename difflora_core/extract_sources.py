@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .checkpoints import FIRST_WEIGHT, LABELS, Checkpoint, is_finite, same_bits, same_shape
+from .checkpoints import FIRST_WEIGHT, LABELS, Checkpoint, same_bits, same_shape
 from .errors import BadLoraFile, LayoutMismatch
 from .header import without_weight_facts
 from .key_names import module_table
@@ -18,6 +18,7 @@ from .lora import Lora
 from .lora_groups import counted
 from .lora_on_base import LoraOnBase, open_lora_needing_base
 from .shell import naming
+from .tensor_file import is_finite
 
 
 class Source(Protocol):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from difflora_core.lora import Lora, LoraLayer, Naming
+from difflora_core.lora import Lora, LoraLayer
 from difflora_core.merging import (
     MergeInput,
     MergeSettings,
@@ -16,9 +16,7 @@ from difflora_core.merging import (
     merge,
     spectrum_picture,
 )
-from tests.core.test_merging import NAMES, dense, distance, random_lora, refactored
-
-FOREIGN = Naming("Flux, kohya names", "kohya")
+from tests.core.merge_samples import FOREIGN, NAMES, dense, distance, random_lora, refactored
 
 
 def everything(lora: Lora) -> Tensor:
