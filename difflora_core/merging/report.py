@@ -54,7 +54,7 @@ def merge_header(inputs: Sequence[MergeInput], merged: Merged, title: str) -> di
         {"title": entry.title, "weight": given["weight"], **_identity(entry)}
         for entry, given in zip(inputs, facts["inputs"], strict=True)
     ]
-    summary = {key: facts[key] for key in ("method", "weighting", "energy", "error")}
+    kept_facts = {key: facts[key] for key in ("method", "weighting", "energy", "error")}
     header = LoraHeader(
         title=title,
         base=None if merged.lora.naming else detect_base(merged.lora),
@@ -63,7 +63,7 @@ def merge_header(inputs: Sequence[MergeInput], merged: Merged, title: str) -> di
     )
     kept = _common(inputs) if merged.lora.naming else {}
     facts_fields = {
-        "difflora.merge": json.dumps({**summary, "inputs": sources}, ensure_ascii=False),
+        "difflora.merge": json.dumps({**kept_facts, "inputs": sources}, ensure_ascii=False),
         "difflora.certificates": json.dumps(facts["certificates"]),
     }
     return kept | header.to_dict() | facts_fields

@@ -2,7 +2,7 @@
 
 It is not the mean of the LoRAs: products of factors of different LoRAs come in, and for unrelated
 LoRAs the result is closer to noise than to the average (cosine 1/sqrt(T)). Kept because people ask
-for it; the report states its distance from the exact average.
+for it; the report warns of it.
 
 On the factors as stored, the result would depend on how each file happens to be factored:
 (B G, G^-1 A) is the same LoRA with another mean. So every input is first brought to its balanced
