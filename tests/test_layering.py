@@ -18,6 +18,7 @@ CORE_MAY_IMPORT = {"torch", "numpy", "einops", "safetensors", "PIL"}
 WRAPPED_IN_CORE = {
     "insightface": "difflora_core/face.py",
     "onnxruntime": "difflora_core/face.py",
+    "onnx": "difflora_core/mask_aware/onnx_network.py",
     "open_clip": "difflora_core/image_encoder.py",
 }
 
