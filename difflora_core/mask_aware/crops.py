@@ -1,0 +1,165 @@
+"""Latent windows around faces, so that only they are decoded, and landmarks inside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..face_crop import TEMPLATE, TEMPLATE_SIZE, inverted, similarity
+
+MARGIN = 8
+"""Latents decoded around a face: about half of a decoder's field of view."""
+PART_GRID = 64
+"""Cells along the longer side of a mask when its areas are told apart."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """N windows of one size into a batch of latents, so that they decode as one batch."""
+
+    picture: Tensor
+    """[N] int64: which picture of the batch."""
+    top: Tensor
+    """[N] int64, in latents."""
+    left: Tensor
+    """[N] int64, in latents."""
+    height: int
+    width: int
+
+    def __len__(self) -> int:
+        return len(self.picture)
+
+    def cut(self, maps: Tensor) -> Tensor:
+        """[B, C, H, W] -> [N, C, height, width], copied."""
+        places = zip(self.picture.tolist(), self.top.tolist(), self.left.tolist(), strict=True)
+        return torch.stack(
+            [maps[i, :, y : y + self.height, x : x + self.width] for i, y, x in places]
+        )
+
+    def add_back(self, maps: Tensor, parts: Tensor) -> Tensor:
+        """A copy of [B, C, H, W] with [N, C, height, width] added at the windows' places."""
+        total = maps.clone()
+        places = zip(self.picture.tolist(), self.top.tolist(), self.left.tolist(), strict=True)
+        for part, (i, y, x) in zip(parts, places, strict=True):
+            total[i, :, y : y + self.height, x : x + self.width] += part
+        return total
+
+    def shifted(self, points: Tensor, upscale: int) -> Tensor:
+        """Pixels of the pictures [N, K, 2] -> pixels of the decoded windows."""
+        corner = torch.stack([self.left, self.top], -1).to(points)
+        return points - upscale * corner[:, None]
+
+
+def face_windows(
+    picture: Tensor, boxes: Tensor, size: tuple[int, int], upscale: int, margin: int = MARGIN
+) -> Windows:
+    """Windows of one size that hold each box with `margin` latents around it.
+
+    A window that would reach beyond the picture is moved inside; one larger than the picture is
+    the picture.
+
+    Args:
+        picture: [N] which picture each box is on.
+        boxes: [N, 4] x0, y0, x1, y1 in pixels; may reach beyond the picture.
+        size: height and width of the latents.
+        upscale: pixels per latent.
+    """
+    limit = torch.tensor([size[1], size[0]])
+    latents = boxes.detach().float().cpu() / upscale
+    low = (latents[:, :2].floor().long() - margin).clamp(min=0).minimum(limit - 1)
+    high = (latents[:, 2:].ceil().long() + margin).clamp(min=1).minimum(limit)
+    width, height = (high - low).amax(0).clamp(min=1).tolist()
+    start = low.minimum(limit - torch.tensor([width, height])).clamp(min=0)
+    return Windows(picture.cpu(), start[:, 1], start[:, 0], height, width)
+
+
+def crop_boxes(landmarks: Tensor) -> Tensor:
+    """Upright boxes [N, 4] around ArcFace's crops of faces with these landmarks [N, 5, 2]."""
+    template = torch.tensor(TEMPLATE, device=landmarks.device).expand(len(landmarks), 5, 2)
+    back = inverted(similarity(landmarks, template))
+    side = TEMPLATE_SIZE - 1.0
+    corners = torch.tensor([[0.0, 0.0], [side, 0.0], [0.0, side], [side, side]]).to(landmarks)
+    places = (back[:, None, :, :2] * corners[:, None]).sum(-1) + back[:, None, :, 2]
+    return torch.cat([places.amin(1), places.amax(1)], -1)
+
+
+def landmarks_of_boxes(boxes: Tensor) -> Tensor:
+    """Five points [N, 5, 2] for face boxes [N, 4]: ArcFace's template fitted to the box.
+
+    For faces known by a mask alone. A box from hairline to chin holds the template's points at
+    the places measured on InsightFace's detections: they span 0.64 of its height.
+    """
+    template = torch.tensor(TEMPLATE, device=boxes.device)
+    points = template - template.mean(0)
+    points = points / (template[:, 1].max() - template[:, 1].min())
+    height = (boxes[:, 3] - boxes[:, 1])[:, None]
+    middle = torch.stack([(boxes[:, 0] + boxes[:, 2]) / 2, _points_height(boxes)], -1)
+    return middle[:, None] + points * (POINTS_HEIGHT * height)[..., None]
+
+
+POINTS_HEIGHT, POINTS_MIDDLE = 0.4, 0.58
+"""Height of the five points, and where their mean lies from the top, as shares of a face box."""
+
+
+def _points_height(boxes: Tensor) -> Tensor:
+    return boxes[:, 1] + POINTS_MIDDLE * (boxes[:, 3] - boxes[:, 1])
+
+
+def mask_parts(mask: Tensor, most: int) -> Tensor:
+    """Boxes [K, 4] in pixels around the separate areas of a mask [H, W], from left to right.
+
+    At most `most` of them, the largest; areas that touch count as one.
+    """
+    coarse = max(1, round(max(mask.shape) / PART_GRID))
+    grid = F.max_pool2d((mask > 0).float()[None], coarse, ceil_mode=True)[0].cpu() > 0
+    areas = sorted(_areas(grid), key=len, reverse=True)[:most]
+    boxes = [_box_around(mask, area, coarse) for area in areas]
+    return torch.tensor(sorted(boxes), dtype=torch.float32).view(-1, 4)
+
+
+def _areas(grid: Tensor) -> list[list[tuple[int, int]]]:
+    """Cells (row, column) of a bool grid, by connected area."""
+    left = {(int(y), int(x)) for y, x in grid.nonzero()}
+    areas = []
+    while left:
+        area = [left.pop()]
+        for y, x in area:
+            near = left & {(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)}
+            left -= near
+            area += near
+        areas.append(area)
+    return areas
+
+
+def _box_around(mask: Tensor, area: list[tuple[int, int]], coarse: int) -> list[float]:
+    """Of the mask's pixels within some cells."""
+    pixels = torch.zeros_like(mask, dtype=torch.bool)
+    for y, x in area:
+        cell = (slice(y * coarse, (y + 1) * coarse), slice(x * coarse, (x + 1) * coarse))
+        pixels[cell] = mask[cell] > 0
+    y, x = pixels.nonzero(as_tuple=True)
+    return [float(x.min()), float(y.min()), float(x.max()) + 1, float(y.max()) + 1]
+
+
+def box_masks(boxes: Tensor, size: tuple[int, int], upscale: int) -> Tensor:
+    """[N, h, w] float: 1 for each latent whose pixels a box [N, 4] covers at least half."""
+    y = torch.arange(size[0], device=boxes.device)
+    x = torch.arange(size[1], device=boxes.device)
+    scaled = boxes.float() / upscale
+    wide = _overlap(x, scaled[:, 0], scaled[:, 2])
+    tall = _overlap(y, scaled[:, 1], scaled[:, 3])
+    return ((tall[:, :, None] * wide[:, None]) >= 0.5).float()
+
+
+def latent_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pixel masks [B, H, W] in 0..1 -> latents [B, h, w]: mean of the pixels of each latent."""
+    return F.adaptive_avg_pool2d(masks.float()[:, None], size)[:, 0]
+
+
+def _overlap(start: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Covered share of unit intervals [start, start + 1] by [low, high]: [N, K]."""
+    covered = torch.minimum(start + 1, high[:, None]) - torch.maximum(start, low[:, None])
+    return covered.clamp(0, 1)

@@ -1,0 +1,259 @@
+"""Latents to pictures with gradients: a small fast decoder, and any other on private weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import BadWeightsFile
+from ..weights_file import read_safetensors
+
+Built = TypeVar("Built")
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """Latents of the denoiser's space, as samplers see them, to pictures; differentiable."""
+
+    upscale: int
+    """Pixels per latent, each way."""
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, 3, upscale h, upscale w] about 0..1, never clamped: a clamp has no
+        gradient where a picture is too bright or too dark."""
+        ...
+
+    def features(self, latents: Tensor) -> list[Tensor]:
+        """Feature maps of the stages, deep (small) to shallow (large): what LPL compares."""
+        ...
+
+
+class FastDecoder(nn.Module):
+    """TAESD's decoder (Bohan, 2023): 1.2 M parameters at width 64, a hundredth of a KL decoder.
+
+    It takes latents exactly as samplers see them (x_0 of the denoiser, scaled by the VAE's
+    factor), so nothing has to be multiplied first. Width, depth and channels come from the file.
+    """
+
+    upscale = 8
+
+    def __init__(self, channels: int = 4, width: int = 64, blocks: tuple[int, ...] = (3, 3, 3, 1)):
+        super().__init__()
+        layers: list[nn.Module] = [_SoftClamp(), nn.Conv2d(channels, width, 3, padding=1)]
+        layers.append(nn.ReLU())
+        for stage, count in enumerate(blocks):
+            layers += [_Block(width) for _ in range(count)]
+            if stage + 1 < len(blocks):
+                layers.append(nn.Upsample(scale_factor=2))
+                layers.append(nn.Conv2d(width, width, 3, padding=1, bias=False))
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, 3, 3, padding=1))
+        self.upscale = 2 ** (len(blocks) - 1)
+
+    @classmethod
+    def open(cls, path: str | Path) -> FastDecoder:
+        """Read `taesd_decoder.safetensors` and its kin, by ComfyUI's or by diffusers' names.
+
+        Float32, frozen. Errors: BadWeightsFile.
+        """
+        tensors, _ = read_safetensors(path)
+        return cls.from_tensors(tensors, Path(path).name)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], name: str = "the decoder") -> FastDecoder:
+        """From a state dict; encoder weights beside the decoder's are passed over."""
+        numbered = _by_number(tensors)
+        try:
+            width, channels = numbered["1.weight"].shape[:2]
+            model = cls(channels, width, _blocks(numbered))
+            model.layers.load_state_dict(numbered)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise BadWeightsFile(
+                f"{name} is not a decoder of TAESD's shape.",
+                hint="Take taesd_decoder.safetensors (or taesdxl_, taesd3_, taef1_) as it is "
+                "published for models/vae_approx.",
+            ) from error
+        return model.requires_grad_(False).eval()
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.layers(latents)
+
+    def features(self, latents: Tensor) -> list[Tensor]:
+        maps, x = [], latents
+        for layer in list(self.layers)[:-1]:
+            if isinstance(layer, nn.Upsample):
+                maps.append(x)
+            x = layer(x)
+        return [*maps, x]
+
+
+class _SoftClamp(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x / 3) * 3
+
+
+class _Block(nn.Module):
+    """Three convolutions beside the input; names as TAESD's."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        first, second, third = (nn.Conv2d(width, width, 3, padding=1) for _ in range(3))
+        self.conv = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv(x) + x)
+
+
+def _by_number(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """TAESD's own numbering "3.conv.0.weight", whatever stands before it.
+
+    diffusers' AutoencoderTiny has no module for the soft clamp, so its numbers are one lower.
+    """
+    decoder = re.compile(r"(?:taesd_)?decoder\.(layers\.)?(\d+)\.(.+)|(\d+)\.(.+)")
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        match = decoder.fullmatch(name)
+        if match is None:
+            continue
+        number = int(match[2] or match[4]) + (match[1] is not None)
+        found[f"{number}.{match[3] or match[5]}"] = tensor.float()
+    return found
+
+
+def _blocks(numbered: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Blocks per resolution, from which numbers are blocks."""
+    last = max(int(name.partition(".")[0]) for name in numbered)
+    counts = [0]
+    for number in range(3, last):
+        if f"{number}.conv.0.weight" in numbered:
+            counts[-1] += 1
+        elif f"{number}.weight" in numbered:
+            counts.append(0)
+    return tuple(counts)
+
+
+class ModuleDecoder:
+    """A whole VAE as a Decoder, on private float32 clones of its weights.
+
+    Args:
+        module: has the method `method`, from unscaled latents to pictures in -1..1 (diffusers'
+            AutoencoderKL, ComfyUI's first_stage_model).
+        to_vae: from the denoiser's latents to the VAE's (division by the scaling factor).
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        to_vae: Callable[[Tensor], Tensor],
+        upscale: int = 8,
+        method: str = "decode",
+    ) -> None:
+        self.upscale = upscale
+        self._frozen = frozen_clone(module, method)
+        self._to_vae = to_vae
+        self._stages = _up_stages(module)
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        decoded = self._frozen(self._to_vae(latents))
+        # diffusers wraps the picture in an output object
+        return getattr(decoded, "sample", decoded) / 2 + 0.5
+
+    def features(self, latents: Tensor) -> list[Tensor]:
+        maps: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+            maps.append(output)
+
+        hooks = [stage.register_forward_hook(keep) for stage in self._stages]
+        try:
+            self(latents)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return maps
+
+    def to(self, device: torch.device) -> ModuleDecoder:
+        """Move the private weights; the module itself stays where it is."""
+        self._frozen.to(device)
+        return self
+
+
+class FrozenClone:
+    """A module's method on copies of its weights; see `frozen_clone`."""
+
+    def __init__(self, module: nn.Module, method: str, tensors: dict[str, Tensor]) -> None:
+        self._caller = _Caller(module, method)
+        self.tensors = {f"module.{name}": tensor for name, tensor in tensors.items()}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.func.functional_call(self._caller, self.tensors, args, kwargs)
+
+    def to(self, device: torch.device) -> FrozenClone:
+        self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return self
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the copies."""
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+
+class _Caller(nn.Module):
+    """Makes a method the forward of a module, which is all that functional_call calls."""
+
+    def __init__(self, module: nn.Module, method: str) -> None:
+        super().__init__()
+        self.module = module
+        self.method = method
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.module, self.method)(*args, **kwargs)
+
+
+def frozen_clone(
+    module: nn.Module, method: str = "__call__", dtype: torch.dtype = torch.float32
+) -> FrozenClone:
+    """A module's method as a callable on private copies of its parameters and buffers.
+
+    ComfyUI loads weights inside inference mode, and autograd refuses to keep such tensors for the
+    backward pass. Copies made outside it are ordinary tensors, whatever the dtypes; they need no
+    gradient themselves. The module's own weights are never touched.
+    """
+    with torch.inference_mode(False):
+        tensors = {
+            name: _copied(tensor, dtype)
+            for part in (module.named_parameters(), module.named_buffers())
+            for name, tensor in part
+        }
+    return FrozenClone(module, method, tensors)
+
+
+def _copied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    copy = tensor.detach().clone()
+    return copy.to(dtype) if copy.is_floating_point() else copy
+
+
+def _up_stages(module: nn.Module) -> list[nn.Module]:
+    """The decoder's stages in the order in which they run, of diffusers' and ComfyUI's VAEs."""
+    decoder = getattr(module, "decoder", module)
+    blocks = getattr(decoder, "up_blocks", None)
+    if isinstance(blocks, nn.ModuleList):
+        return list(blocks)
+    stages = getattr(decoder, "up", None)
+    if not isinstance(stages, nn.ModuleList):
+        return []
+    # CompVis counts from the last stage; a stage is no module that runs, its last part is
+    return [_last_part(stages[i]) for i in reversed(range(len(stages)))]
+
+
+def _last_part(stage: nn.Module) -> nn.Module:
+    upsample = getattr(stage, "upsample", None)
+    if isinstance(upsample, nn.Module) and any(True for _ in upsample.parameters()):
+        return upsample
+    blocks = stage.get_submodule("block")
+    return blocks[-1] if isinstance(blocks, nn.ModuleList) else blocks

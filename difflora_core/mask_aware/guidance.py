@@ -1,0 +1,295 @@
+"""Guidance while sampling: the estimate of x_0 steps towards a face, inside a mask only.
+
+The gradient is taken with respect to the estimate, not through the denoiser, as MPGD does
+(He et al., 2024): a decoder of a small window and a face network are all that is differentiated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..errors import DiffLoRAError
+from ..face_crop import align
+from .crops import MARGIN, Windows, box_masks, crop_boxes, face_windows, latent_masks
+from .decoders import Decoder, frozen_clone
+from .tracking import FaceRows, Finder, Tracker, WhenLost
+from .window import WINDOWS, SigmaWindow
+
+FALLBACK = 0.1
+"""Without classifier-free guidance: step per unit of spread of the estimate and of sigma."""
+
+
+class FaceLook(Protocol):
+    """What a face network makes of crops."""
+
+    @property
+    def embedding(self) -> Tensor: ...
+
+
+class Faces(Protocol):
+    """A frozen face network: crops [N, 3, size, size] in 0..1 to what it sees in them."""
+
+    size: int
+
+    def __call__(self, crops: Tensor) -> Any: ...
+
+
+@dataclass(frozen=True)
+class GuidanceSettings:
+    """How strongly, when and how carefully to guide."""
+
+    strength: float = 1.0
+    """Length of a step in units of what classifier-free guidance does; 0 guides nothing."""
+    window: SigmaWindow = WINDOWS["identity"]
+    """Noise levels at which steps are guided."""
+    iterations: int = 1
+    """Gradient steps per sampling step; together they are as long as one."""
+    smoothing: float = 0.0
+    """Noise added to the latents whose gradient is taken (Ye et al., 2024, TFG); 0.1 is much."""
+    margin: int = MARGIN
+    """Latents decoded around a face."""
+    when_lost: WhenLost = "hold"
+    """No face is found: go on where it was, skip the step, or stop with an error."""
+
+
+@dataclass(frozen=True)
+class GuideStep:
+    """What happened at one sampling step."""
+
+    sigma: float
+    loss: float
+    """1 - cosine, mean over the faces, before the step; NaN without a face."""
+    similarity: float
+    """Cosine to the reference, mean over the faces; NaN without a face."""
+    faces: int
+    """Faces that were guided, over all pictures."""
+    note: str = ""
+    """What went otherwise than planned."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one step works on: N faces of the batch."""
+
+    faces: FaceRows
+    windows: Windows
+    mask: Tensor
+    """[N, 1, height, width] 0..1, where each face's window may change."""
+    length: Tensor
+    """[N] root mean square of the step within the mask."""
+
+
+class Guide:
+    """Guides one run of a sampler; make a new one for every run.
+
+    Args:
+        decoder: see decoders.py; on the device of the latents.
+        network: a frozen face network with `.size`; the gradient comes from it.
+        references: unit embeddings of the same network: [R, D] for all pictures of a batch, or
+            [B, R, D] for each its own.
+        finder: pictures to faces (`FaceEncoder.faces`); None where a mask says where they are.
+        mask: [B or 1, H, W] in 0..1, any size: nothing outside ever changes. Without a finder
+            every separate area of it is a face, from left to right as the references are.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        network: Faces,
+        references: Tensor,
+        settings: GuidanceSettings = GuidanceSettings(),
+        finder: Finder | None = None,
+        mask: Tensor | None = None,
+    ) -> None:
+        if finder is None and mask is None:
+            raise DiffLoRAError(
+                "Guidance does not know where the face is.",
+                hint="Connect a face encoder, which finds it, or a mask that covers it.",
+            )
+        self.decoder = decoder
+        self.network = _usable(network)
+        self.size = network.size
+        self.settings = settings
+        self.log: list[GuideStep] = []
+        self.strips: list[NDArray[np.uint8]] = []
+        """Aligned faces of each step before it was taken, uint8 [N, size, size, 3]."""
+        self._finder = finder
+        with torch.inference_mode(False):
+            self._references = _unit_rows(references)
+            self._mask = None if mask is None else mask.detach().clone().float()
+        self._tracker: Tracker | None = None
+        self._noise = torch.Generator().manual_seed(0)
+
+    def guide(self, x0: Tensor, direction: Tensor | None, cfg: float, sigma: float) -> Tensor:
+        """The estimate after guidance, of the same dtype; `x0` itself where nothing is to do.
+
+        Args:
+            x0: the sampler's estimate after classifier-free guidance, [B, C, h, w].
+            direction: conditional minus unconditional estimate, or None.
+            cfg: scale of classifier-free guidance.
+            sigma: noise level of the step.
+        """
+        if not self._acts(sigma):
+            return x0
+        # autograd refuses tensors that were made in inference mode, copies made here are not
+        with torch.inference_mode(False), torch.enable_grad():
+            estimate = x0.detach().clone().float()
+            plan = self.plan(estimate, direction, cfg, sigma)
+            if plan is None:
+                return x0
+            guided = self._descend(estimate, plan, sigma)
+            return torch.where(guided != estimate, guided.to(x0.dtype), x0)
+
+    def plan(
+        self, estimate: Tensor, direction: Tensor | None, cfg: float, sigma: float
+    ) -> Plan | None:
+        """Faces, windows, masks and lengths of a step; None where there is nothing to guide."""
+        faces = self._locate(estimate, sigma)
+        size, upscale = (estimate.shape[-2], estimate.shape[-1]), self.decoder.upscale
+        boxes = crop_boxes(faces.landmarks)
+        masks = self._face_masks(faces, boxes, size)
+        seen = masks.flatten(1).amax(1) > 0
+        if not bool(seen.any()):
+            self._note_nothing(sigma)
+            return None
+        faces, masks = faces.of(seen.cpu()), masks[seen]
+        windows = face_windows(faces.picture, boxes[seen], size, upscale, self.settings.margin)
+        rows = torch.arange(len(faces))
+        own = Windows(rows, windows.top, windows.left, windows.height, windows.width)
+        inside = own.cut(masks[:, None])
+        length = self._length(windows, inside, estimate, direction, cfg, sigma)
+        return Plan(faces, windows, inside, length)
+
+    def look(self, latents: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        """Loss [N] of decoded windows [N, C, h, w], and the aligned faces [N, 3, size, size]."""
+        pictures = self.decoder(latents)
+        points = plan.windows.shifted(plan.faces.landmarks, self.decoder.upscale)
+        crops = align(pictures, points, self.size)
+        own = plan.faces.picture if len(self._references) > 1 else plan.faces.picture * 0
+        wanted = self._references[own, plan.faces.reference]
+        return 1 - (self.network(crops).embedding * wanted).sum(-1), crops
+
+    def note(self, sigma: float, plan: Plan, loss: Tensor, crops: Tensor, note: str = "") -> None:
+        """Add a step to the log and its faces to the strips."""
+        values = loss.detach().float()
+        mean = float(values[values.isfinite()].mean())
+        notes = "; ".join(n for n in (self._tracker.note if self._tracker else "", note) if n)
+        self.log.append(GuideStep(sigma, mean, 1 - mean, len(plan.faces), notes))
+        levels = (crops.detach().float().nan_to_num().clamp(0, 1) * 255).round().byte().cpu()
+        self.strips.append(rearrange(levels, "n c h w -> n h w c").numpy())
+
+    def _acts(self, sigma: float) -> bool:
+        if self.settings.strength == 0 or sigma not in self.settings.window:
+            return False
+        return self._mask is None or bool((self._mask > 0).any())
+
+    def _descend(self, estimate: Tensor, plan: Plan, sigma: float) -> Tensor:
+        for iteration in range(self.settings.iterations):
+            latents = plan.windows.cut(estimate)
+            gradient, loss, crops = self._gradient(latents, plan)
+            step, note = scaled_step(gradient, plan, self.settings.iterations)
+            if iteration == 0:
+                self.note(sigma, plan, loss, crops, note)
+            estimate = plan.windows.add_back(estimate, step)
+        return estimate
+
+    def _gradient(self, latents: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+        leaf = latents.detach().requires_grad_(True)
+        noisy = leaf
+        if self.settings.smoothing:
+            # a generator of our own: the sampler's noise must not depend on guidance
+            noise = torch.randn(leaf.shape, generator=self._noise).to(leaf)
+            noisy = leaf + self.settings.smoothing * noise
+        loss, crops = self.look(noisy, plan)
+        return torch.autograd.grad(loss.sum(), leaf)[0], loss, crops
+
+    def _locate(self, estimate: Tensor, sigma: float) -> FaceRows:
+        upscale = self.decoder.upscale
+        if self._tracker is None:
+            shape = (estimate.shape[-2] * upscale, estimate.shape[-1] * upscale)
+            mask = self._mask
+            if mask is not None:
+                mask = F.interpolate(mask[:, None], shape, mode="area")[:, 0].to(estimate.device)
+            self._references = self._references.to(estimate.device)
+            self._tracker = Tracker(
+                self._finder, self._embed, self._references, mask, self.settings.when_lost
+            )
+
+        def decode() -> Tensor:
+            with torch.no_grad():
+                return self.decoder(estimate)
+
+        return self._tracker.locate(len(estimate), decode, len(self.log), sigma)
+
+    def _embed(self, pictures: Tensor, landmarks: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self.network(align(pictures, landmarks, self.size)).embedding
+
+    def _face_masks(self, faces: FaceRows, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+        """[N, h, w]: the face's crop, within the user's mask."""
+        masks = box_masks(boxes, size, self.decoder.upscale)
+        if self._mask is None:
+            return masks
+        allowed = latent_masks(self._mask.to(masks), size)
+        own = faces.picture if len(allowed) > 1 else faces.picture * 0
+        return masks * allowed[own]
+
+    def _length(
+        self, windows: Windows, inside: Tensor, estimate: Tensor, direction: Tensor | None,
+        cfg: float, sigma: float,
+    ) -> Tensor:  # fmt: skip
+        """FreeDoM's rule (Yu et al., 2023): as long as what classifier-free guidance does."""
+        if direction is not None and cfg != 1 and bool((direction != 0).any()):
+            with torch.inference_mode(False):
+                pull = direction.detach().clone().float()
+            return self.settings.strength * cfg * masked_rms(windows.cut(pull), inside)
+        spread = estimate - estimate.mean((2, 3), keepdim=True)
+        return self.settings.strength * FALLBACK * sigma * masked_rms(windows.cut(spread), inside)
+
+    def _note_nothing(self, sigma: float) -> None:
+        note = self._tracker.note if self._tracker else ""
+        self.log.append(GuideStep(sigma, float("nan"), float("nan"), 0, note or "no face to guide"))
+
+
+def scaled_step(gradient: Tensor, plan: Plan, parts: int = 1) -> tuple[Tensor, str]:
+    """A step [N, C, h, w] down the gradient, as long as planned, zero outside the mask.
+
+    Faces whose gradient is zero or not finite stay as they are; a note says so.
+    """
+    inside = torch.where(plan.mask > 0, gradient, 0.0) * plan.mask
+    size = masked_rms(inside, plan.mask)
+    sound = size.isfinite() & (size > 0) & plan.length.isfinite()
+    scale = torch.where(sound, plan.length / size, 0.0) / parts
+    step = torch.where(sound[:, None, None, None], -inside * scale[:, None, None, None], 0.0)
+    broken = int((~size.isfinite() | ~plan.length.isfinite()).sum())
+    return step, f"gradient of {broken} face(s) not finite: left alone" if broken else ""
+
+
+def masked_rms(maps: Tensor, mask: Tensor) -> Tensor:
+    """Root mean square of [N, C, h, w] where mask [N, 1, h, w] is above zero: [N]."""
+    inside = (mask > 0).to(maps)
+    total = torch.where(mask > 0, maps.square(), 0.0).sum((1, 2, 3))
+    return (total / (inside.sum((1, 2, 3)) * maps.shape[1]).clamp(min=1)).sqrt()
+
+
+def _unit_rows(references: Tensor) -> Tensor:
+    """[R, D] or [B, R, D] -> [B or 1, R, D] of length 1."""
+    rows = F.normalize(references.detach().clone().float(), dim=-1)
+    if rows.dim() not in (2, 3) or not rows.isfinite().all():
+        raise DiffLoRAError(f"The references for guidance are not embeddings: {tuple(rows.shape)}.")
+    return rows if rows.dim() == 3 else rows[None]
+
+
+def _usable(network: Any) -> Any:
+    """The network on private weights where its own were loaded in inference mode."""
+    if isinstance(network, nn.Module) and any(p.is_inference() for p in network.parameters()):
+        return frozen_clone(network)
+    return network
