@@ -23,6 +23,7 @@ from difflora_core.config import from_dict, to_dict
 from difflora_core.errors import BadConfig
 
 from .base.config import BaseConfig
+from .controlnet.config import PeopleConfig
 from .encoders.config import EncodersConfig
 from .evaluation.config import EvalConfig
 from .loras.config import LorasConfig
@@ -45,6 +46,7 @@ class Config:
     loras: LorasConfig = field(default_factory=LorasConfig)
     predictor: PredictorTrainingConfig = field(default_factory=PredictorTrainingConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    people: PeopleConfig = field(default_factory=PeopleConfig)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
