@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import permutations
 from typing import Literal
 
 import torch
@@ -15,6 +14,7 @@ from ..errors import DiffLoRAError, NoFaceFound
 from ..face import Face
 from ..photos import Pixels
 from .crops import landmarks_of_boxes, mask_parts
+from .pairing import assign
 
 WhenLost = Literal["hold", "skip", "error"]
 Finder = Callable[[Pixels], Sequence[Face]]
@@ -132,12 +132,12 @@ class Tracker:
         points = torch.stack([torch.from_numpy(face.landmarks) for face in largest])
         same = picture.expand(len(points), *picture.shape)
         wanted = self.references[number if len(self.references) > 1 else 0]
-        worth = (self.embed(same, points.to(picture.device)) @ wanted.T).cpu()
+        costs = 1 - (self.embed(same, points.to(picture.device)) @ wanted.T).nan_to_num().cpu()
         for reference, before in self.held.get(number, {}).items():
             width = (before[1] - before[0]).norm().clamp(min=1.0)
             moved = (points.mean(1) - before.mean(0)).norm(dim=-1) / width
-            worth[:, reference] -= PLACE_WEIGHT * moved
-        return {reference: points[face] for face, reference in assign(worth)}
+            costs[:, reference] += PLACE_WEIGHT * moved
+        return {reference: points[face] for face, reference in assign(costs)}
 
     def _mask_of(self, number: int) -> Tensor | None:
         if self.mask is None:
@@ -153,18 +153,6 @@ class Tracker:
         points = torch.stack([row[2] for row in rows]) if rows else torch.zeros(0, 5, 2)
         index = torch.tensor([pictures, references], dtype=torch.int64).view(2, -1)
         return FaceRows(index[0], index[1], points.float().to(device))
-
-
-def assign(worth: Tensor) -> list[tuple[int, int]]:
-    """Pairs (row, column) of the largest total worth; as many as the smaller side has."""
-    rows, columns = worth.shape
-    if rows < columns:
-        return [(r, c) for c, r in assign(worth.T)]
-    table = worth.tolist()
-    best = max(
-        permutations(range(rows), columns), key=lambda p: sum(table[r][c] for c, r in enumerate(p))
-    )
-    return [(r, c) for c, r in enumerate(best)]
 
 
 def to_pixels(picture: Tensor) -> Pixels:

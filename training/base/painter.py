@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
@@ -20,6 +21,28 @@ from .tokens import rows
 LATENT = (4, 16, 16)
 STEPS = 16
 GUIDANCE = 4.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a hook sees of one sampling step, before the sampler takes it; B pictures."""
+
+    x0: Tensor
+    """The estimate of the picture after classifier-free guidance, scaled latents [B, 4, h, w]."""
+    direction: Tensor
+    """Its conditional minus its unconditional half."""
+    guidance: float
+    """Scale of classifier-free guidance."""
+    sigma: float
+    """Noise per signal."""
+    noisy: Tensor
+    """x_t on the variance-preserving schedule."""
+    denoise: Callable[[Tensor], Tensor]
+    """x_t -> x0, by the same prompts at the same step; differentiable."""
+
+
+#: the estimate that the sampler goes on with
+Steer = Callable[[Estimate], Tensor]
 
 
 @dataclass
@@ -72,19 +95,38 @@ class Painter:
     @torch.no_grad()
     def sample(
         self, prompts: Sequence[str], seeds: Sequence[int], factors: Factors, steps: int,
-        guidance: float,
+        guidance: float, steer: Steer | None = None,
     ) -> Tensor:  # fmt: skip
-        """Scaled latents [B, 4, 16, 16] on the device."""
+        """Scaled latents [B, 4, 16, 16] on the device; `steer` may change every estimate of x0."""
         scheduler = DPMSolverMultistepScheduler(**NOISE_SCHEDULE, timestep_spacing="trailing")
         scheduler.set_timesteps(steps, device=self.device)
         context = self.encode([*prompts, *[""] * len(prompts)])
+        kept = scheduler.alphas_cumprod.to(self.device)
         latents = torch.stack([_noise(seed) for seed in seeds]).to(self.device)
         with self.side_path.using(repeat_factors(factors, 2)):
             for t in scheduler.timesteps:
-                wanted, plain = self.unet(torch.cat([latents] * 2), t, context).sample.chunk(2)
-                noise = plain + guidance * (wanted - plain)
+                noise, difference = self._predict(latents, t, context, guidance)
+                if steer is not None:
+                    denoise = partial(self._denoise, t, context, guidance, kept[t])
+                    x0 = denoised(latents, noise, kept[t])
+                    # x0 falls by noise / signal times what the noise rises
+                    ratio = float((1 / kept[t] - 1).sqrt())
+                    seen = Estimate(x0, -ratio * difference, guidance, ratio, latents, denoise)
+                    noise = noise + (x0 - steer(seen)) / ratio
                 latents = scheduler.step(noise, t, latents, return_dict=False)[0]
         return latents
+
+    def _predict(
+        self, latents: Tensor, t: Tensor, context: Tensor, guidance: float
+    ) -> tuple[Tensor, Tensor]:
+        """The noise in latents, and its conditional minus its unconditional half."""
+        wanted, plain = self.unet(torch.cat([latents] * 2), t, context).sample.chunk(2)
+        return plain + guidance * (wanted - plain), wanted - plain
+
+    def _denoise(
+        self, t: Tensor, context: Tensor, guidance: float, kept: Tensor, latents: Tensor
+    ) -> Tensor:
+        return denoised(latents, self._predict(latents, t, context, guidance)[0], kept)
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
@@ -101,6 +143,11 @@ class Painter:
         if isinstance(lora, Sequence):
             return stack_loras(list(lora[few]), self.device)
         return {k: (d[few] if d.dim() == 3 else d, u[few]) for k, (d, u) in lora.items()}
+
+
+def denoised(latents: Tensor, noise: Tensor, kept: Tensor) -> Tensor:
+    """x0 of x_t and its noise; `kept` is the cumulative product of 1 - beta (Ho et al., 2020)."""
+    return (latents - (1 - kept).sqrt() * noise) / kept.sqrt()
 
 
 def _noise(seed: int) -> Tensor:
