@@ -1,1 +1,37 @@
-"""Losses on faces and people inside masks, and sampling that follows their gradient."""
+"""Losses on faces and people inside masks, and sampling that follows their gradient.
+
+A face network (`open_face_network`) and a decoder see what an estimate shows; `losses` compares it
+with what is wanted; `Guide` follows the gradient while sampling, training minimises `combine`.
+"""
+
+from .losses import (
+    PRESETS,
+    Term,
+    Weights,
+    combine,
+    face_distance,
+    landmark_distance,
+    masked_distance,
+    mean_inside,
+)
+from .networks import FaceActivations, FaceNetwork, open_face_network
+from .pairing import FlatFaces, assign
+from .perceptual import Lpips, open_lpips
+
+__all__ = [
+    "PRESETS",
+    "FaceActivations",
+    "FaceNetwork",
+    "FlatFaces",
+    "Lpips",
+    "Term",
+    "Weights",
+    "assign",
+    "combine",
+    "face_distance",
+    "landmark_distance",
+    "masked_distance",
+    "mean_inside",
+    "open_face_network",
+    "open_lpips",
+]

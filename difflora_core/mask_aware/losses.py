@@ -49,8 +49,9 @@ class Weights:
     def __post_init__(self) -> None:
         shares = vars(self)
         if min(shares.values()) < 0 or sum(shares.values()) > 1 + 1e-9:
+            given = ", ".join(f"{name} {share}" for name, share in shares.items())
             raise BadConfig(
-                f"The weights {shares} are impossible.",
+                f"The weights {given} are impossible.",
                 hint="Expected 0 or more each, at most 1 together.",
             )
 
@@ -83,17 +84,28 @@ def face_distance(
     """Weighted mean of the distances of maps and embeddings, 0..2 for each of N faces: [N].
 
     L_face = sum_l a_l ||FE_l(c) - FE_l(c')|| / sum_l a_l. tap_weights: a_l per map; None shares a
-    weight of 1 among them. Without maps in `theirs` (only an embedding is known) embeddings are
-    compared alone. Errors: BadConfig when the weights are not one per map.
+    weight of 1 among them. Without maps in `theirs`, where only an embedding is known, embeddings
+    are compared alone. Errors: BadConfig when the weights are not one per map.
     """
     taps = list(zip(ours.taps, theirs.taps, strict=True)) if theirs.taps else []
     weights = [1 / len(taps) for _ in taps] if tap_weights is None else list(tap_weights)
     if len(weights) != len(taps):
-        raise BadConfig(f"There are {len(weights)} weights for {len(taps)} maps of the face.")
-    distance = embedding_weight * (1 - F.cosine_similarity(ours.embedding, theirs.embedding))
+        raise BadConfig(f"{len(weights)} weights are given for {len(taps)} maps of the face.")
+    distance = embedding_weight * (1 - (ours.embedding * theirs.embedding).sum(-1))
     for weight, (mine, other) in zip(weights, taps, strict=True):
         distance = distance + weight * place_distance(mine, other).mean((1, 2))
     return distance / max(sum(weights, embedding_weight), TINY)
+
+
+def masked_distance(
+    ours: Sequence[Tensor], theirs: Sequence[Tensor], masks: Tensor, per_person: bool = True
+) -> Tensor:
+    """Mean distance of feature maps [B, C, h, w] inside masks [B, P, H, W] (0..1): [B], 0..2.
+
+    L_body, with the features of any network: see `mean_inside` for the masks.
+    """
+    levels = [place_distance(a, b) for a, b in zip(ours, theirs, strict=True)]
+    return mean_inside(levels, masks, per_person)
 
 
 def place_distance(ours: Tensor, theirs: Tensor) -> Tensor:
@@ -106,31 +118,28 @@ def directions(features: Tensor) -> Tensor:
 
     What counts as blank depends on the map, so that no factor on the features matters.
     """
-    squared = features.float().square().sum(1, keepdim=True)
-    floor = FAINT * squared.detach().mean((2, 3), keepdim=True) + torch.finfo(torch.float32).tiny
-    return features * (squared + floor).rsqrt()
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    squared = features.square().sum(1, keepdim=True)
+    faint = FAINT * squared.detach().mean((2, 3), keepdim=True)
+    return features * (squared + faint.clamp_min(TINY**2)).rsqrt()
 
 
-def masked_distance(
-    ours: Sequence[Tensor], theirs: Sequence[Tensor], masks: Tensor, per_person: bool = True
-) -> Tensor:
-    """Mean distance of feature maps [B, C, h, w] inside masks [B, P, H, W] (0..1): [B], 0..2.
+def mean_inside(levels: Sequence[Tensor], masks: Tensor, per_person: bool = True) -> Tensor:
+    """Distances [B, h, w] of several levels averaged inside masks [B, P, H, W] (0..1): [B].
 
-    At each level the mask is resized by area and the distance divided by what it covers; levels
+    At each level the masks are resized by area and the distance divided by what they cover; levels
     count alike. per_person: the mean over persons, so that the small count as much as the large;
     else their union is one mask, as in the original code. Empty masks are left out.
     """
-    masks = masks.float() if per_person else masks.float().amax(1, keepdim=True)
-    levels = [place_distance(a, b) for a, b in zip(ours, theirs, strict=True)]
-    return torch.stack([_mean_inside(level, masks) for level in levels]).mean(0)
+    masks = masks if per_person else masks.amax(1, keepdim=True)
+    return torch.stack([_mean_inside(level, masks.to(level.dtype)) for level in levels]).mean(0)
 
 
 def _mean_inside(distance: Tensor, masks: Tensor) -> Tensor:
-    """[B, h, w] averaged inside each of [B, P, H, W], then over those that are not empty: [B]."""
     height, width = distance.shape[-2:]
     masks = F.adaptive_avg_pool2d(masks, (height, width))
     area = reduce(masks, "b p h w -> b p", "sum")
-    inside = (masks * distance[:, None]).sum((2, 3)) / area.clamp_min(TINY)
+    inside = reduce(masks * distance[:, None], "b p h w -> b p", "sum") / area.clamp_min(TINY)
     return inside.sum(1) / (area > 0).sum(1).clamp_min(1)
 
 
@@ -140,19 +149,17 @@ def landmark_distance(ours: Tensor, theirs: Tensor, widths: Tensor) -> Tensor:
     return away / widths.clamp_min(1.0)
 
 
-def combine(ldm: Tensor, terms: Mapping[TermName, Term], weights: Weights | None = None) -> Tensor:
+def combine(ldm: Tensor, terms: Mapping[TermName, Term], weights: Weights) -> Tensor:
     """The whole loss [B] from the diffusion loss [B] and the terms.
 
     L = l1 * body + l2 * face + (1 - l1 - l2) * LDM. Where a picture lacks a term, its weight goes
     to the others in proportion to theirs: without a face, 0.2 and 0.5 become 0.4 * body +
     0.6 * LDM. Where it lacks all of them, as it does from step T on, the diffusion loss is left.
     """
-    weights = weights or Weights()
     left = 1 - sum(vars(weights).values())
-    total = torch.full_like(ldm, left)
-    loss = left * ldm
+    total, loss = torch.full_like(ldm, left), left * ldm
     for name, (value, present) in terms.items():
         weight = getattr(weights, name) * present.to(ldm.dtype)
         total = total + weight
-        loss = loss + weight * torch.where(present, value, torch.zeros_like(value))
+        loss = loss + weight * torch.where(present, value, 0.0)
     return torch.where(total > TINY, loss / total.clamp_min(TINY), ldm)

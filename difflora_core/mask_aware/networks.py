@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..errors import BadWeightsFile
 from ..face_crop import TEMPLATE_SIZE, align
 from ..recogniser import IResNet, Recogniser
-from .onnx_network import RECOGNISERS, read_onnx
+from ..tensor_file import is_finite
+from .onnx_network import HINT, MISFITS, read_onnx
 
 
 class FaceActivations(NamedTuple):
@@ -46,11 +47,8 @@ class FaceNetwork(nn.Module):
         self.name, self.size = name, TEMPLATE_SIZE
         self.scale, self.shift = (255.0, 0.0) if takes_bytes else (2.0, -1.0)
         self.trunk = trunk.float().eval().requires_grad_(False)
-        self.batched = self._runs(2)
-        if not self.batched and not self._runs(1):
-            raise BadWeightsFile(
-                f"{name} gives no embedding per crop, expected [N, D].", hint=RECOGNISERS
-            )
+        self._check()
+        self.batched = self._takes_batches()
 
     def forward(self, crops: Tensor) -> FaceActivations:
         """Aligned crops [N, 3, 112, 112] in 0..1, N >= 0 -> maps and embedding. Differentiable."""
@@ -74,16 +72,31 @@ class FaceNetwork(nn.Module):
                 maps[passed.shape[-1]] = passed
         return FaceActivations(tuple(maps.values()), F.normalize(passed.flatten(1), dim=-1))
 
-    @torch.no_grad()
-    def _runs(self, count: int) -> bool:
-        """Whether `count` crops at once give as many embeddings."""
+    def _check(self) -> None:
+        """Errors: BadWeightsFile unless a crop has a finite embedding."""
         try:
-            embedding = self._look(torch.full((count, 3, self.size, self.size), 0.5)).embedding
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
-            if count > 1:  # a file made for single crops
-                return False
-            raise BadWeightsFile(f"{self.name} cannot be run: {error}.") from error
-        return len(embedding) == count and embedding.shape[1] > 1
+            embedding = self._trial(1)
+        except MISFITS as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise BadWeightsFile(f"{self.name} cannot be run: {reason}.", hint=HINT) from error
+        if len(embedding) != 1 or embedding.shape[1] < 2:
+            raise BadWeightsFile(
+                f"{self.name} gives {tuple(embedding.shape)} for a crop, expected an embedding.",
+                hint=HINT,
+            )
+        if not is_finite(embedding):
+            raise BadWeightsFile(f"{self.name} gives numbers that are not finite.", hint=HINT)
+
+    def _takes_batches(self) -> bool:
+        """Whether the file was made for more than one crop at a time."""
+        try:
+            return len(self._trial(2)) == 2
+        except MISFITS:
+            return False
+
+    @torch.no_grad()
+    def _trial(self, count: int) -> Tensor:
+        return self._look(torch.full((count, 3, self.size, self.size), 0.5)).embedding
 
 
 class Chain(nn.Sequential):
@@ -112,7 +125,7 @@ def open_face_network(path: str | Path) -> FaceNetwork:
             return FaceNetwork(path.stem, network, takes_bytes=network.takes_bytes)
     raise BadWeightsFile(
         f"{path.name} is no face recogniser: expected a .safetensors or .onnx file.",
-        hint=RECOGNISERS,
+        hint=HINT,
     )
 
 

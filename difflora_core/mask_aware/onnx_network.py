@@ -20,7 +20,9 @@ from ..tensor_file import is_finite
 from .onnx_ops import OPERATIONS, Attributes
 
 AGAIN = "Get the file again: the download or copy may be incomplete."
-RECOGNISERS = "Choose a face recogniser, such as glintr100.onnx or w600k_r50.onnx."
+MISFITS = (RuntimeError, ValueError, TypeError, IndexError, KeyError)
+"""What torch raises where the operations of a file do not fit together."""
+HINT = "Choose a face recogniser, such as glintr100.onnx or w600k_r50.onnx."
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ def _ends(path: Path, graph: Any, size: int) -> tuple[str, str]:
         raise BadWeightsFile(
             f"{path.name} is no face recogniser: it has {len(inputs)} inputs and "
             f"{len(graph.output)} outputs, expected one picture and one embedding.",
-            hint=RECOGNISERS,
+            hint=HINT,
         )
     shape = [d.dim_value for d in inputs[0].type.tensor_type.shape.dim]
     wanted = (3, size, size)
@@ -167,7 +169,7 @@ def _ends(path: Path, graph: Any, size: int) -> tuple[str, str]:
         found = " x ".join(str(n or "any") for n in shape)
         raise BadWeightsFile(
             f"{path.name} takes {found}, expected pictures of 3 x {size} x {size}.",
-            hint=RECOGNISERS,
+            hint=HINT,
         )
     return inputs[0].name, graph.output[0].name
 
@@ -177,7 +179,7 @@ def _check_operations(path: Path, graph: Any) -> None:
     if unknown := sorted(kinds - OPERATIONS.keys()):
         raise BadWeightsFile(
             f"{path.name} uses operations that are not known here: {', '.join(unknown[:3])}.",
-            hint=RECOGNISERS,
+            hint=HINT,
         )
 
 
@@ -203,7 +205,7 @@ def _folded(path: Path, step: Step, constants: Mapping[str, Tensor]) -> Tensor:
     """The result of a step on constants only, such as a cast of weights kept in half precision."""
     try:
         return step.run([constants.get(name) for name in step.inputs])
-    except (RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
+    except MISFITS as error:
         raise BadWeightsFile(f"{path.name} has a broken {step.kind}: {error}.") from error
 
 

@@ -8,6 +8,7 @@ that moved from attributes to inputs over the years are looked for in both place
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -98,7 +99,19 @@ def _reshape(a: Attributes, x: Tensor, shape: Tensor) -> Tensor:
 
 def _flatten(a: Attributes, x: Tensor) -> Tensor:
     axis = a.get("axis", 1)
-    return x.reshape(*(x.shape[:axis].numel(), -1)) if axis else x.reshape(1, -1)
+    return x.reshape(math.prod(x.shape[:axis]), -1)
+
+
+def _pad(
+    a: Attributes, x: Tensor, pads: Tensor | None = None, value: Tensor | None = None
+) -> Tensor:
+    """Sizes are those before every axis, then those after; torch wants pairs, last axis first."""
+    if a.get("mode", b"constant") != b"constant":
+        raise Unsupported(f"padding by {a['mode'].decode()}")
+    sizes = a["pads"] if pads is None else pads.tolist()
+    pairs = reversed(list(zip(sizes[: x.ndim], sizes[x.ndim :], strict=True)))
+    filler = a.get("value", 0.0) if value is None else value.item()
+    return F.pad(x, [size for pair in pairs for size in pair], value=filler)
 
 
 def _axes(a: Attributes, axes: Tensor | None) -> list[int]:
@@ -121,7 +134,7 @@ def _gather(a: Attributes, x: Tensor, index: Tensor) -> Tensor:
     axis = a.get("axis", 0) % x.ndim
     index = index.to(x.device) % x.shape[axis]
     picked = x.index_select(axis, index.reshape(-1))
-    return picked.reshape(*x.shape[:axis], *index.shape, *x.shape[axis + 1 :])
+    return picked.reshape((*x.shape[:axis], *index.shape, *x.shape[axis + 1 :]))
 
 
 def _slice(
@@ -144,7 +157,7 @@ def _slice(
 def _reduction(reduce: Callable[..., Tensor]) -> Operation:
     def operation(a: Attributes, x: Tensor, axes: Tensor | None = None) -> Tensor:
         chosen = _axes(a, axes) or list(range(x.ndim))
-        return reduce(x, chosen, keepdim=bool(a.get("keepdims", 1)))
+        return reduce(x, dim=chosen, keepdim=bool(a.get("keepdims", 1)))
 
     return operation
 
@@ -157,8 +170,8 @@ def _cast(a: Attributes, x: Tensor) -> Tensor:
 def _constant(a: Attributes) -> Tensor:
     if "value" in a:
         return a["value"]
-    kind = next(k for k in ("value_float", "value_floats", "value_int", "value_ints") if k in a)
-    return torch.tensor(a[kind], dtype=torch.float32 if "float" in kind else torch.int64)
+    ((name, value),) = a.items()
+    return torch.tensor(value, dtype=torch.float32 if "float" in name else torch.int64)
 
 
 FLOATS = (1, 10, 11, 16)
@@ -188,6 +201,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "Mul": lambda a, x, y: x * y,
     "Neg": lambda a, x: -x,
     "PRelu": lambda a, x, slope: F.prelu(x, slope.flatten()),
+    "Pad": _pad,
     "Pow": lambda a, x, y: x**y,
     "ReduceL2": _reduction(torch.linalg.vector_norm),
     "ReduceMean": _reduction(torch.mean),
