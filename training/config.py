@@ -26,6 +26,7 @@ from .base.config import BaseConfig
 from .controlnet.config import PeopleConfig
 from .encoders.config import EncodersConfig
 from .evaluation.config import EvalConfig
+from .guidance.config import GuidanceConfig
 from .loras.config import LorasConfig
 from .predictor.config import PredictorTrainingConfig
 from .run_config import RunConfig
@@ -46,6 +47,7 @@ class Config:
     loras: LorasConfig = field(default_factory=LorasConfig)
     predictor: PredictorTrainingConfig = field(default_factory=PredictorTrainingConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     people: PeopleConfig = field(default_factory=PeopleConfig)
 
 

@@ -137,7 +137,7 @@ class Guide:
             cfg: scale of classifier-free guidance.
             sigma: noise level of the step.
         """
-        if not self._acts(sigma):
+        if not self.acts(sigma):
             return x0
         # autograd refuses tensors that were made in inference mode, copies made here are not
         with torch.inference_mode(False), torch.enable_grad():
@@ -186,7 +186,8 @@ class Guide:
         levels = (crops.detach().float().nan_to_num().clamp(0, 1) * 255).round().byte().cpu()
         self.strips.append(rearrange(levels, "n c h w -> n h w c").numpy())
 
-    def _acts(self, sigma: float) -> bool:
+    def acts(self, sigma: float) -> bool:
+        """Whether a step at this noise level can change anything."""
         if self.settings.strength == 0 or sigma not in self.settings.window:
             return False
         return self._mask is None or bool((self._mask > 0).any())

@@ -29,10 +29,11 @@ FID_RESAMPLES = 40
 
 @dataclass(frozen=True)
 class Measured:
-    """One row's figures, and face_sim of every picture [P, Q] for comparisons between rows."""
+    """One row's figures, and the measures of every picture for comparisons between rows."""
 
     figures: dict[str, Figure]
-    face_sim: Tensor
+    values: dict[str, Tensor]
+    """Measure -> [P, Q]."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def measure(yardstick: Yardstick, pictures: Tensor) -> Measured:
         FID_RESAMPLES,
         seed,
     )
-    return Measured(figures, values["face_sim"])
+    return Measured(figures, values)
 
 
 def pooled(features: Tensor) -> Tensor:

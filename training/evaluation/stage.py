@@ -80,7 +80,7 @@ def evaluate_row(name: str, bench: Bench, yardstick: Yardstick, so_far: Outcome)
     pictures = paint_row(bench, personalised)
     measured = measure(yardstick, pictures)
     so_far.rows[name] = measured.figures | _of_loras(bench, personalised)
-    so_far.face_sim[name] = measured.face_sim
+    so_far.face_sim[name] = measured.values["face_sim"]
     shown = sheet_prompt(bench.trial)
     so_far.samples[name] = pictures[: bench.config.eval.sheet_people, shown]
     mean = measured.figures["face_sim"]["mean"]

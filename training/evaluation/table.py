@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .summary import Figure
@@ -22,9 +22,9 @@ def results(protocol: Mapping[str, Any], rows: Rows) -> dict[str, Any]:
     return {"protocol": dict(protocol), "rows": rows}
 
 
-def markdown(rows: Rows) -> str:
-    """A Markdown table, mean and 95 % interval per cell."""
-    columns = [name for name in COLUMNS if any(name in row for row in rows.values())]
+def markdown(rows: Rows, order: Sequence[str] = COLUMNS) -> str:
+    """A Markdown table, mean and 95 % interval per cell; measures in `order`, others left out."""
+    columns = [name for name in order if any(name in row for row in rows.values())]
     lines = [_line(["row", *columns]), _line(["---"] * (len(columns) + 1))]
     for name, figures in rows.items():
         lines.append(_line([name, *(_cell(figures.get(column)) for column in columns)]))

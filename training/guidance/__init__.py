@@ -1,0 +1,1 @@
+"""What guidance by a face network gains in likeness, and what it costs in everything else."""
