@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 
 from .errors import BadLoraFile
-from .header import base_named_in
 from .key_names import BASES, ModuleTable, Spelled, module_table
 from .lora_groups import Group, counted, judge_unknown
 from .lora_offsets import is_norm
@@ -17,13 +16,14 @@ _ODD = re.compile(r"__|_$|^(unet\.|base_model\.model\.|lora_unet_)\1")
 
 def recognise(
     groups: Mapping[str, Group],
-    metadata: Mapping[str, str],
+    claimed: str | None,
     warnings: list[str],
     *,
     or_none: bool,
 ) -> ModuleTable | None:
     """The base model in which most layers have a name and fit in shape.
 
+    claimed: the one that the header names, if any; it decides where several fit as well.
     Where no layer has a name in any of them: None if `or_none`, else BadLoraFile.
     """
     scores = {base: _score(groups, module_table(base)) for base in BASES}
@@ -36,7 +36,7 @@ def recognise(
             hint="Known are Stable Diffusion 1.x, 2.x and XL, and the mini model.",
         )
     open_bases = [base for base in BASES if scores[base] == (fits, names)]
-    hint = base_named_in(metadata) or _base_told_by_prefix(groups)
+    hint = claimed or _base_told_by_prefix(groups)
     base = hint if hint in open_bases else open_bases[0]
     if len(open_bases) > 1 and hint not in open_bases:
         alike = {name: _alike(groups, module_table(name)) for name in open_bases}

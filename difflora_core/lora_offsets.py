@@ -32,6 +32,8 @@ def read_offsets(
     """
     roles = [*OFFSET_ROLES, *(["diff"] if is_norm(group) else [])]
     keys = {role: key for role, key in group.keys.items() if role in roles}
+    if not keys:
+        return {}
     parts = read_parts({r: k for r, k in keys.items() if r not in _SPARSE}, source)
     if any(role in keys for role in _SPARSE):
         parts["bias"] = _sparse_bias(name, keys, source)

@@ -147,28 +147,34 @@ def _refuse_numbers(name: str, group: Group) -> None:
 
 
 def _refuse_misfits(name: str, group: Group, shape: tuple[int, ...] | None) -> None:
-    found = ", ".join(f"{group.keys[r]} {list(group.shapes[r])}" for r in group.weights)
     if group.family == "lora":
-        _refuse_ranks(name, group, found)
+        _refuse_ranks(name, group)
     if group.outline is None:
+        found = _found(group)
         raise BadLoraFile(f"The factors of {name} do not fit each other: {found}.", hint=_DAMAGED)
-    if shape is None and max(group.outline.sides) > LARGEST:
-        raise BadLoraFile(f"{name} is larger than any layer: {list(group.outline.sides)}: {found}.")
+    sides = list(group.outline.sides)
+    if shape is None and max(sides) > LARGEST:
+        raise BadLoraFile(f"{name} is larger than any layer: {sides}: {_found(group)}.")
     if shape is not None and not group.fits(shape):
         hint = f"The layer has the weight {list(shape)} in this base model."
         text = group.shapes.get("down", (0, 0))[1]
         if name.endswith(("attn2.to_k", "attn2.to_v")) and text == REFINER_TEXT_WIDTH:
             hint += " Text of width 1280 is that of the SDXL refiner, which is not supported."
-        raise BadLoraFile(f"{name} has the wrong shape: {found}.", hint=hint)
+        raise BadLoraFile(f"{name} has the wrong shape: {_found(group)}.", hint=hint)
 
 
-def _refuse_ranks(name: str, group: Group, found: str) -> None:
+def _refuse_ranks(name: str, group: Group) -> None:
     down, up = group.shapes["down"], group.shapes["up"]
     if not {len(down), len(up)} <= {2, 4, 5}:
-        raise BadLoraFile(f"The factors of {name} are no matrices: {found}.")
+        raise BadLoraFile(f"The factors of {name} are no matrices: {_found(group)}.")
     inner = group.shapes["mid"][:1] if "mid" in group.shapes else down[:1]
     if inner != up[1:2]:
         raise BadLoraFile(
-            f"The ranks of {name} differ: {found}.",
+            f"The ranks of {name} differ: {_found(group)}.",
             hint="Expected down [rank, in] and up [out, rank].",
         )
+
+
+def _found(group: Group) -> str:
+    """Keys and shapes of the weights, for a message."""
+    return ", ".join(f"{group.keys[role]} {list(group.shapes[role])}" for role in group.weights)

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from statistics import median
 
+import torch
 from torch import Tensor
 
 from .errors import BadLoraFile
+from .header import base_named_in
 from .key_names import ModuleTable
 from .lora import LazyLayers, Lora, Naming
 from .lora_families import refuse_unreadable, refuse_without_base
@@ -123,8 +126,25 @@ def sort_contents(
     on_base: bool,
 ) -> Contents:
     """Layers by name; `on_base` lets kinds pass that need the base model's weights."""
-    if not len(source):
+    outline = tuple((key, source.shape(key), source.dtype(key)) for key in source)
+    contents, noticed = _sorted(outline, base_named_in(metadata), any_model, on_base)
+    warnings += noticed
+    return contents
+
+
+# LoRAs that are merged or compared mostly come from one trainer, with equal keys and shapes.
+@lru_cache(maxsize=4)
+def _sorted(
+    outline: tuple[tuple[str, tuple[int, ...], torch.dtype], ...],
+    claimed: str | None,
+    any_model: bool,
+    on_base: bool,
+) -> tuple[Contents, tuple[str, ...]]:
+    """Contents and warnings, from keys, shapes and number types alone."""
+    if not outline:
         raise BadLoraFile("This file holds no tensors.")
+    source = TensorsInMemory({k: torch.empty(s, dtype=d, device="meta") for k, s, d in outline})
+    warnings: list[str] = []
     keys = "\n".join(source)
     refuse_no_lora(keys)
     other = other_model(keys)
@@ -135,11 +155,12 @@ def sort_contents(
         refuse_without_base(source)
     groups, styles = group_parts(source, warnings, names_by_index(source))
     layout = _layout(styles, groups)
-    table = None if other else recognise(groups, metadata, warnings, or_none=any_model)
+    table = None if other else recognise(groups, claimed, warnings, or_none=any_model)
     if table:
-        return Contents(canonical_groups(groups, table, warnings), table, None, layout)
+        groups = canonical_groups(groups, table, warnings)
+        return Contents(groups, table, None, layout), tuple(warnings)
     model = other[0] if other else "another model"
-    return Contents(groups, None, naming_of(model, groups, styles), layout)
+    return Contents(groups, None, naming_of(model, groups, styles), layout), tuple(warnings)
 
 
 def plan_layers(

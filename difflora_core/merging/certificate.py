@@ -33,16 +33,24 @@ class Certificate:
 def certify(
     exact_up: Tensor, exact_down: Tensor, up: Tensor, down: Tensor, norm: float, sigma: Tensor
 ) -> Certificate:
-    """Certificate of up @ down against exact_up @ exact_down, without building either.
+    """Certificate of up @ down against exact_up @ exact_down, without building either."""
+    exact_norm = torch.tensor(norm, dtype=torch.float64)
+    lost = lost_squared(exact_up, exact_down, up, down, exact_norm)
+    return certified(up.shape[1], float(lost), norm, sigma)
 
-    |D - X|^2 = |D|^2 - 2 <D, X> + |X|^2 in the precision of the exact factors; in float64, relative
-    errors below 1e-8 read as about 1e-8, which is what cancellation leaves.
+
+def lost_squared(
+    exact_up: Tensor, exact_down: Tensor, up: Tensor, down: Tensor, norm: Tensor
+) -> Tensor:
+    """|D - X|^2 [...] of products [..., out, R] [..., R, in], with norm = |D|.
+
+    |D|^2 - 2 <D, X> + |X|^2 in the precision of the exact factors; in float64, relative errors
+    below 1e-8 read as about 1e-8, which is what cancellation leaves.
     """
     up, down = up.to(exact_up), down.to(exact_down)
-    shared = ((exact_up.mT @ up).double() * (exact_down @ down.mT).double()).sum()
-    own = ((up.mT @ up).double() * (down @ down.mT).double()).sum()
-    lost = float((norm**2 - 2 * shared + own).clamp_min(0))
-    return certified(up.shape[1], lost, norm, sigma)
+    shared = ((exact_up.mT @ up).double() * (exact_down @ down.mT).double()).sum((-2, -1))
+    own = ((up.mT @ up).double() * (down @ down.mT).double()).sum((-2, -1))
+    return (norm.square() - 2 * shared + own).clamp_min(0)
 
 
 def certify_dense(

@@ -17,15 +17,20 @@ from .certificate import Certificate, certify
 from .inputs import MergeInput, MergeSettings, block_factor
 from .methods import METHODS
 from .rules import RankRule, ranks_within
-from .stack import Options, Product, Stack
-from .truncation import balanced, is_wide, truncate_dense, truncate_wide, truncated
+from .stack import Batch, Options, Product
+from .truncation import (
+    Truncated,
+    balanced,
+    is_wide,
+    truncate_dense,
+    truncate_wide,
+    truncated,
+)
 from .weighting import layer_weights, overall_weights
 
 Progress = Callable[[int, int], None]
 """(layers done, layers in all)"""
 Result = tuple[LoraLayer, Certificate]
-Factors = tuple[Tensor, Tensor, Certificate]
-"""(down [k, in], up [out, k], certificate)"""
 
 #: float64 values that one batch of equal layers may take
 _BATCH = 4_000_000
@@ -66,13 +71,12 @@ class Job:
         """Every layer merged, in batches of equal shapes, so not in order."""
         done, total = 0, len(self.weights)
         ranks = self._ranks_within_size()
-        for stacks in self._stacks():
-            rules = [
-                RankRule(rank=ranks[stack.name]) if ranks else self._rule(stack) for stack in stacks
-            ]
-            for stack, factors in zip(stacks, self._merged(stacks, rules), strict=True):
-                yield self._layer(stack.name, *factors)
-            done += len(stacks)
+        for batch in self._batches():
+            rule = self._rule(batch)
+            rules = [RankRule(rank=ranks[name]) if ranks else rule for name in batch.names]
+            for name, factors in zip(batch.names, self._merged(batch, rules), strict=True):
+                yield self._layer(name, *factors)
+            done += len(batch)
             if progress:
                 progress(done, total)
 
@@ -94,21 +98,21 @@ class Job:
         if megabytes is None:
             return None
         spectra: dict[str, Tensor] = {}
-        for stacks in self._stacks():
-            merged = self._merged(stacks, [RankRule(rank=_ALL)] * len(stacks))
-            for stack, (_, _, certificate) in zip(stacks, merged, strict=True):
-                spectra[stack.name] = torch.tensor(certificate.singular_values)
+        for batch in self._batches():
+            merged = self._merged(batch, [RankRule(rank=_ALL)] * len(batch))
+            for name, (_, _, certificate) in zip(batch.names, merged, strict=True):
+                spectra[name] = torch.tensor(certificate.singular_values)
         widths = {name: sum(_matrix_shape(self.outlines[name])) for name in spectra}
         return ranks_within(megabytes, spectra, widths, self.settings.dtype.itemsize)
 
-    def _rule(self, stack: Stack) -> RankRule:
-        """The limit of one layer; `svd` without one takes the largest rank of its inputs."""
+    def _rule(self, batch: Batch) -> RankRule:
+        """The limit of each layer; `svd` without one takes the largest rank of its inputs."""
         rule = self.settings.rule
         if self.settings.method == "svd" and rule.exact:
-            return RankRule(rank=max(stack.ranks))
+            return RankRule(rank=max(batch.ranks))
         return rule
 
-    def _batches(self) -> Iterator[list[str]]:
+    def _groups(self) -> Iterator[list[str]]:
         """Layers of equal shape and ranks together, as many as memory allows."""
         groups: dict[tuple[int, int, tuple[int, ...]], list[str]] = {}
         for name in self.weights:
@@ -119,40 +123,41 @@ class Job:
             size = max(1, _BATCH // ((rows + columns) * max(sum(ranks), 1)))
             yield from (names[i : i + size] for i in range(0, len(names), size))
 
-    def _stacks(self) -> Iterator[list[Stack]]:
-        """All batches, each read while the one before it is worked on."""
+    def _batches(self) -> Iterator[Batch]:
+        """All layers, each batch read while the one before it is worked on."""
         with ThreadPoolExecutor(1) as reader:
             pending = None
-            for names in self._batches():
+            for names in self._groups():
                 ready, pending = pending, reader.submit(self._read, names)
                 if ready:
                     yield ready.result()
             if pending:
                 yield pending.result()
 
-    def _read(self, names: Sequence[str]) -> list[Stack]:
-        return [self._stack(name) for name in names]
+    def _read(self, names: Sequence[str]) -> Batch:
+        layers, weights = [], []
+        for name in names:
+            present = [i for i, outlines in enumerate(self.held) if name in outlines]
+            layers.append([self.inputs[i].lora.layers[name] for i in present])
+            weights.append([self.weights[name][i] for i in present])
+        return Batch.of(layers, weights, self.device)
 
-    def _stack(self, name: str) -> Stack:
-        present = [i for i, outlines in enumerate(self.held) if name in outlines]
-        layers = [self.inputs[i].lora.layers[name] for i in present]
-        return Stack.of(layers, [self.weights[name][i] for i in present], self.device)
-
-    def _merged(self, stacks: Sequence[Stack], rules: Sequence[RankRule]) -> Iterator[Factors]:
+    def _merged(self, batch: Batch, rules: Sequence[RankRule]) -> Iterator[Truncated]:
         method, dtype = METHODS[self.settings.method], self.settings.dtype
-        options = Options(self.settings.density, self.settings.seed, self.settings.rule)
-        exact = [method.merge(stack, options) for stack in stacks]
-        if method.linear and not rules[0].exact:
-            yield from limited([e for e in exact if isinstance(e, tuple)], rules, dtype)
+        if method.shares and not rules[0].exact:
+            shares = [method.shares(stack) for stack in batch.stacks()]
+            yield from limited(*batch.weighted_sums(shares), rules, dtype)
             return
-        for stack, result, rule in zip(stacks, exact, rules, strict=True):
+        options = Options(self.settings.density, self.settings.seed, self.settings.rule)
+        for stack, rule in zip(batch.stacks(), rules, strict=True):
+            result = method.exact(stack, options)
             if isinstance(result, Tensor):
                 rank = min(sum(stack.ranks), *stack.shape)
                 yield truncate_dense(result, RankRule(rank=rank) if rule.exact else rule, dtype)
             elif rule.exact or method.chooses_rank:
                 yield whole(result, dtype)
             else:
-                yield from limited([result], [rule], dtype)
+                yield from limited(result[0][None], result[1][None], [rule], dtype)
 
     def _layer(self, name: str, down: Tensor, up: Tensor, certificate: Certificate) -> Result:
         shape = self.outlines[name].weight_shape
@@ -162,24 +167,21 @@ class Job:
 
 
 def limited(
-    products: Sequence[Product], rules: Sequence[RankRule], dtype: torch.dtype
-) -> Iterator[Factors]:
-    """Products of one shape, each truncated by its rule."""
-    up, down = products[0]
-    rows, columns, ranks = up.shape[0], down.shape[1], up.shape[1]
-    if is_wide(rows, columns, ranks):
-        for (up, down), rule in zip(products, rules, strict=True):
-            yield truncate_wide(up, down, rule, dtype)
-        return
-    yield from truncated(products, rules, dtype)
+    up: Tensor, down: Tensor, rules: Sequence[RankRule], dtype: torch.dtype
+) -> list[Truncated]:
+    """Products up [N, out, R] @ down [N, R, in], each truncated by its rule."""
+    if is_wide(up.shape[1], down.shape[2], up.shape[2]):
+        products = zip(up, down, rules, strict=True)
+        return [truncate_wide(u, d, rule, dtype) for u, d, rule in products]
+    return truncated(up, down, rules, dtype)
 
 
-def whole(product: Product, dtype: torch.dtype) -> Factors:
+def whole(product: Product, dtype: torch.dtype) -> Truncated:
     """A product with nothing left out; a rank above the layer's own is brought down to it."""
     up, down = product
     rank = min(up.shape[0], down.shape[1])
     if up.shape[1] > rank:
-        return next(limited([product], [RankRule(rank=rank)], dtype))
+        return limited(up[None], down[None], [RankRule(rank=rank)], dtype)[0]
     exact_up, exact_down = balanced(up.double(), down.double())
     up, down = exact_up.to(dtype), exact_down.to(dtype)
     squared = ((exact_up.mT @ exact_up) * (exact_down @ exact_down.mT)).sum()

@@ -20,18 +20,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .certificate import Certificate, certified, certify, certify_dense
+from .certificate import Certificate, certified, certify_dense, lost_squared
 from .krylov import top_singular
 from .operator import LowRank, Matrix, frobenius
 from .operator import pays as product_pays
 from .rules import RankRule
 
+Truncated = tuple[Tensor, Tensor, Certificate]
+"""(down [k, in], up [out, k], certificate)"""
+
 #: smallest ratio of Cholesky pivots that counts as well conditioned, by precision of the Grams
 _CONDITION = {torch.float64: 1e-5, torch.float32: 3e-2}
 #: share of the squared norm that has to be lost for float32 Grams to be exact enough
 _COARSE = 0.05
-#: spacing of numbers below which rounding adds less than 1e-5 of an error that `_COARSE` allows
-_FINE = 1e-3
+#: largest share of the loss that rounding to the result's number format may have, unstated
+_ROUNDING = 1e-5
 #: from this share of the layer's smaller side on, a sum is built and treated as a dense matrix
 _WIDE = 0.3
 #: singular values below this share of the largest are noise of float64 Gram matrices
@@ -40,9 +43,10 @@ _NOISE = 1e-7
 
 @dataclass(frozen=True, eq=False)
 class Core:
-    """A decomposed product: sigma [K] descending; left [R, K] and right [R, K] combine its factors.
+    """Decomposed products [..., out, R] [..., R, in], one or a batch of them.
 
-    up @ left has orthonormal columns, and the rows of right^T @ down have the lengths sigma.
+    sigma [..., K] descending; left [..., R, K] and right [..., R, K] combine the factors: up @ left
+    has orthonormal columns, and the rows of right^T @ down have the lengths sigma.
     """
 
     up: Tensor
@@ -50,64 +54,80 @@ class Core:
     sigma: Tensor
     left: Tensor
     right: Tensor
-    sound: bool = True
-    """False: too close to singular for the Cholesky factor, so nothing here is to be used"""
+
+    def __getitem__(self, index: int | list[int]) -> Core:
+        """Some of a batch."""
+        if isinstance(index, list) and len(index) == len(self.sigma):
+            return self  # all of them, as nearly always: nothing to copy
+        return Core(*(value[index] for value in vars(self).values()))
 
     @property
-    def norm(self) -> float:
-        """Frobenius norm of the product."""
-        return float(self.sigma.square().sum().sqrt())
+    def norm(self) -> Tensor:
+        """Frobenius norms [...] of the products."""
+        return self.sigma.square().sum(-1).sqrt()
 
     @property
-    def meaningful(self) -> int:
-        """Number of singular values above the noise, at least 1."""
+    def meaningful(self) -> Tensor:
+        """Numbers [...] of singular values above the noise, at least 1."""
         return meaningful(self.sigma)
 
-    def lost(self, rank: int) -> float:
-        """Share of the squared norm beyond the first `rank` singular values."""
-        squares = self.sigma.square()
-        return float(squares[rank:].sum() / squares.sum()) if self.norm else 0.0
-
-    def truncated(self, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Certificate]:
-        """(down [k, in], up [out, k], certificate); both factors carry the root of sigma."""
-        rank = min(rank, self.meaningful)
-        root = self.sigma[:rank].sqrt().clamp_min(1e-150)
-        up = self.up @ (self.left[:, :rank] * root).to(self.up)
-        down = (self.right[:, :rank] / root).mT.to(self.down) @ self.down
+    def truncated(self, rank: int, dtype: torch.dtype) -> list[Truncated]:
+        """Every product of a batch at one rank; both factors carry the root of sigma."""
+        root = self.sigma[:, None, :rank].sqrt().clamp_min(1e-150)
+        up = self.up @ (self.left[..., :rank] * root).to(self.up)
+        down = (self.right[..., :rank] / root).mT.to(self.down) @ self.down
         up, down = up.to(dtype), down.to(dtype)
-        lost = self.lost(rank)
-        if lost > _COARSE and torch.finfo(dtype).eps < _FINE:  # rounding is nothing beside it
-            return down, up, certified(rank, lost * self.norm**2, self.norm, self.sigma)
-        return down, up, certify(self.up, self.down, up, down, self.norm, self.sigma)
+        lost = self.sigma[:, rank:].square().sum(-1)
+        # both factors are rounded, by eps / sqrt(12) in the mean of all numbers
+        rounding = torch.finfo(dtype).eps ** 2 / 6 * self.norm.square()
+        if not bool((rounding < _ROUNDING * lost).all()):
+            lost = lost_squared(self.up, self.down, up, down, self.norm)
+        rows = zip(down, up, lost.tolist(), self.norm.tolist(), self.sigma, strict=True)
+        return [(d, u, certified(rank, loss, norm, s)) for d, u, loss, norm, s in rows]
 
 
 def truncated(
-    products: Sequence[tuple[Tensor, Tensor]], rules: Sequence[RankRule], dtype: torch.dtype
-) -> list[tuple[Tensor, Tensor, Certificate]]:
-    """Products of one shape, each limited by its rule: (down [k, in], up [out, k], certificate).
+    up: Tensor, down: Tensor, rules: Sequence[RankRule], dtype: torch.dtype
+) -> list[Truncated]:
+    """Products up [N, out, R] @ down [N, R, in], each limited by its rule.
 
     Gram matrices in float32 are several times as fast and good to 1e-6 of the squared norm. Where
-    that is little beside what the rank drops anyway, they decide; else float64 does.
+    that is little beside what the rank drops anyway, they decide; else float64 does, and QR where
+    the Grams are too close to singular. The first layer tells whether float32 is worth a try.
     """
-    done: dict[int, tuple[Tensor, Tensor, Certificate]] = {}
-    for i, core in enumerate(decompose(products, torch.float32)):
-        rank = rules[i].choose(core.sigma, core.norm)
-        if core.sound and core.lost(rank) > _COARSE:
-            done[i] = core.truncated(rank, dtype)
-    rest = [i for i in range(len(products)) if i not in done]
-    for i, core in zip(rest, decompose([products[i] for i in rest]), strict=True):
-        done[i] = core.truncated(rules[i].choose(core.sigma, core.norm), dtype)
-    return [done[i] for i in range(len(products))]
+    done: dict[int, Truncated] = {}
+    for precision in (torch.float32, torch.float64):
+        coarse = precision == torch.float32
+        if coarse and not _ranks(*decompose(up[:1], down[:1], precision), rules, coarse):
+            continue
+        if not (rest := [i for i in range(len(up)) if i not in done]):
+            break
+        core, sound = decompose(_some(up, rest), _some(down, rest), precision)
+        for rank, rows in _ranks(core, sound, [rules[i] for i in rest], coarse).items():
+            results = core[rows].truncated(rank, dtype)
+            done |= {rest[row]: result for row, result in zip(rows, results, strict=True)}
+    for i in (i for i in range(len(up)) if i not in done):
+        core = _by_qr(up[i : i + 1].double(), down[i : i + 1].double())
+        (rank,) = _ranks(core, [True], [rules[i]], coarse=False)
+        done[i] = core.truncated(rank, dtype)[0]
+    return [done[i] for i in range(len(up))]
+
+
+def decomposed(up: Tensor, down: Tensor) -> Core:
+    """One product up [out, R] @ down [R, in] of any condition, in float64."""
+    core, sound = decompose(up[None], down[None])
+    return core[0] if sound[0] else _by_qr(up.double(), down.double())
 
 
 def decompose(
-    products: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype = torch.float64
-) -> list[Core]:
-    """Cores of products (up [out, R], down [R, in]) of one common shape; dtype: of the Grams."""
-    if not products:
-        return []
-    up = torch.stack([up.to(dtype) for up, _ in products])
-    down = torch.stack([down.to(dtype) for _, down in products])
+    up: Tensor, down: Tensor, dtype: torch.dtype = torch.float64
+) -> tuple[Core, list[bool]]:
+    """Cores of products up [N, out, R] @ down [N, R, in]; dtype: of the Grams.
+
+    Beside them, which are sound: the others are too close to singular for the Cholesky factor, and
+    nothing of them is to be used.
+    """
+    up, down = up.to(dtype), down.to(dtype)
     gram, other = (up.mT @ up).double(), (down @ down.mT).double()
     even = _evening(gram.diagonal(dim1=1, dim2=2), other.diagonal(dim1=1, dim2=2))[:, :, None]
     gram, other = gram * even * even.mT, other / even / even.mT
@@ -118,18 +138,33 @@ def decompose(
     squares, vectors = torch.linalg.eigh(lower.mT @ other @ lower)
     vectors, sigma = vectors.flip(-1), squares.clamp_min(0).sqrt().flip(-1)
     left = even * torch.linalg.solve_triangular(lower.mT, vectors, upper=True)
-    right = lower @ vectors / even
-    return [
-        Core(up[i], down[i], sigma[i], left[i], right[i], ok)
-        if ok or dtype == torch.float32
-        else _by_qr(up[i], down[i])
-        for i, ok in enumerate(sound.tolist())
-    ]
+    return Core(up, down, sigma, left, lower @ vectors / even), sound.tolist()
 
 
-def truncate_dense(
-    delta: Tensor, rule: RankRule, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, Certificate]:
+def _ranks(
+    core: Core, sound: Sequence[bool], rules: Sequence[RankRule], coarse: bool
+) -> dict[int, list[int]]:
+    """Rows of a batch by the rank that their rules choose; only those that are exact enough.
+
+    coarse: from float32 Grams, which have to drop enough to be.
+    """
+    squares = core.sigma.square()
+    total = squares.sum(-1, keepdim=True).clamp_min(1e-300)
+    dropped = (1 - squares.cumsum(-1) / total).tolist()
+    limits, norms = core.meaningful.tolist(), core.norm.tolist()
+    ranks: dict[int, list[int]] = {}
+    for row in (row for row, fine in enumerate(sound) if fine):
+        rank = min(rules[row].choose(core.sigma[row], norms[row]), limits[row])
+        if not coarse or dropped[row][rank - 1] > _COARSE:
+            ranks.setdefault(rank, []).append(row)
+    return ranks
+
+
+def _some(values: Tensor, rows: list[int]) -> Tensor:
+    return values if len(rows) == len(values) else values[rows]
+
+
+def truncate_dense(delta: Tensor, rule: RankRule, dtype: torch.dtype = torch.float32) -> Truncated:
     """(down [k, in], up [out, k], certificate) of a matrix [out, in] or a kernel [out, in, h, w].
 
     A kernel is treated as [out, in * h * w]. Without a limit the result has full rank.
@@ -139,19 +174,17 @@ def truncate_dense(
 
 def truncate_wide(
     up: Tensor, down: Tensor, rule: RankRule, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, Certificate]:
+) -> Truncated:
     """The same for a product up [out, R] @ down [R, in] with an R near the size of the layer."""
     product = LowRank(up, down)
     pays = product_pays(*product.shape, up.shape[1])
     return _truncated(product if pays else product.dense(), rule, dtype)
 
 
-def _truncated(
-    matrix: Matrix, rule: RankRule, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Certificate]:
+def _truncated(matrix: Matrix, rule: RankRule, dtype: torch.dtype) -> Truncated:
     norm = frobenius(matrix)
     u, sigma, vt = _limited(matrix, rule, norm)
-    rank = min(rule.choose(sigma, norm), meaningful(sigma))
+    rank = min(rule.choose(sigma, norm), int(meaningful(sigma)))
     root = sigma[:rank].sqrt()
     up, down = (u[:, :rank] * root).to(dtype), (root[:, None] * vt[:rank]).to(dtype)
     return down, up, certify_dense(matrix, up, down, norm, sigma)
@@ -178,14 +211,14 @@ def _evening(up: Tensor, down: Tensor) -> Tensor:
 
 
 def _by_qr(up: Tensor, down: Tensor) -> Core:
-    """One product of any condition."""
+    """Products [..., out, R] [..., R, in] of any condition."""
     q_up, r_up = torch.linalg.qr(up)
     q_down, r_down = torch.linalg.qr(down.mT)
     u, sigma, vt = torch.linalg.svd(r_up @ r_down.mT)
-    count = len(sigma)
-    same = torch.eye(count).to(up)
-    left, right = q_up @ u[:, :count], q_down @ vt[:count].mT
-    return Core(left, (right * sigma).mT, sigma, same, same)
+    count = sigma.shape[-1]
+    same = torch.eye(count).to(up).expand(*sigma.shape, count)
+    left, right = q_up @ u[..., :count], q_down @ vt[..., :count, :].mT
+    return Core(left, (right * sigma[..., None, :]).mT, sigma, same, same)
 
 
 def _limited(matrix: Matrix, rule: RankRule, norm: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,6 +234,6 @@ def _limited(matrix: Matrix, rule: RankRule, norm: float) -> tuple[Tensor, Tenso
         count = min(4 * count, most)
 
 
-def meaningful(sigma: Tensor) -> int:
-    """Number of singular values (descending) above the noise of Gram matrices, at least 1."""
-    return max(1, int((sigma > _NOISE * float(sigma.amax())).sum()))
+def meaningful(sigma: Tensor) -> Tensor:
+    """Numbers [...] of singular values [..., K] above the noise of Gram matrices, at least 1."""
+    return (sigma > _NOISE * sigma.amax(-1, keepdim=True)).sum(-1).clamp_min(1)

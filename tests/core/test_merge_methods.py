@@ -176,7 +176,7 @@ def test_layers_of_one_lora_only_and_of_zeros(method: str) -> None:
     merged = merge(inputs_of([a, some]), MergeSettings(method, density=0.9))
     assert list(merged.lora.layers) == NAMES
     assert all(bool(torch.isfinite(layer.up).all()) for layer in merged.lora)
-    if METHODS[method].linear:
+    if METHODS[method].shares:
         share = 0.5 if METHODS[method].ratios else 1.0
         for name in NAMES[:2]:
             expected = share * dense(a.layers[name])

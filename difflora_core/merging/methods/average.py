@@ -7,14 +7,8 @@ factored and of their ranks; the exact result has rank sum r_i.
 
 from __future__ import annotations
 
-from ..stack import Options, Product, Stack
-from .method import Method
-
-
-def merge(stack: Stack, options: Options) -> Product:
-    return stack.weighted_sum()
-
+from .method import Method, as_given
 
 METHOD = Method(
-    "average", "Exact mean of the differences; weights are ratios (SELMA).", merge, linear=True
+    "average", "Exact mean of the differences; weights are ratios (SELMA).", shares=as_given
 )

@@ -8,13 +8,13 @@ basis and of the factorisation. A single LoRA is flattened too: merging X with i
 from __future__ import annotations
 
 from ..stack import Options, Product, Stack
-from ..truncation import decompose
+from ..truncation import decomposed
 from .method import Method
 
 
 def merge(stack: Stack, options: Options) -> Product:
-    core = decompose([stack.weighted_sum()])[0]
-    kept = min(options.rule.choose(core.sigma, core.norm), core.meaningful)
+    core = decomposed(*stack.weighted_sum())
+    kept = min(options.rule.choose(core.sigma, float(core.norm)), int(core.meaningful))
     flat = core.sigma[:kept].mean()
     up = core.up @ core.left[:, :kept] * flat
     down = core.right[:, :kept].mT @ core.down / core.sigma[:kept, None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -20,9 +20,10 @@ class Method:
     name: str
     summary: str
     """one line for menus and help"""
-    merge: Callable[[Stack, Options], Exact]
-    linear: bool = False
-    """the result is a weighted sum of the inputs"""
+    merge: Callable[[Stack, Options], Exact] | None = None
+    """the merged layer; None for a method that is a weighted sum"""
+    shares: Callable[[Stack], Sequence[float]] | None = None
+    """the weight of every input, for a method that is a weighted sum"""
     ratios: bool = True
     """weights are ratios and are brought to a sum of 1; otherwise they are strengths"""
     uses_density: bool = False
@@ -30,3 +31,14 @@ class Method:
     """the method itself applies the limit of rank"""
     inputs: int | None = None
     """how many LoRAs it takes; None: any number"""
+
+    def exact(self, stack: Stack, options: Options) -> Exact:
+        if self.shares:
+            return stack.weighted_sum(self.shares(stack))
+        assert self.merge  # a method has one or the other
+        return self.merge(stack, options)
+
+
+def as_given(stack: Stack) -> Sequence[float]:
+    """Shares of a method that takes the weights as they are."""
+    return stack.weights

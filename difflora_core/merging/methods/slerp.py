@@ -8,22 +8,22 @@ one is zero, the interpolation is straight.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
-from ..stack import Options, Product, Stack
+from ..stack import Stack
 from .method import Method
 
 _STRAIGHT = 1e-4
 
 
-def merge(stack: Stack, options: Options) -> Product:
+def shares(stack: Stack) -> Sequence[float]:
     if len(stack.ups) < 2:
-        return stack.weighted_sum()
+        return stack.weights
     total = sum(stack.weights)
     angle = _angle(stack)
     if min(angle, math.pi - angle) < _STRAIGHT or total == 0:
-        return stack.weighted_sum()
-    shares = [math.sin(w / total * angle) / math.sin(angle) * total for w in stack.weights]
-    return stack.weighted_sum(shares)
+        return stack.weights
+    return [math.sin(w / total * angle) / math.sin(angle) * total for w in stack.weights]
 
 
 def _angle(stack: Stack) -> float:
@@ -41,7 +41,6 @@ def _inner(stack: Stack, i: int, j: int) -> float:
 METHOD = Method(
     "slerp",
     "Spherical interpolation between two LoRAs; keeps the strength between them.",
-    merge,
-    linear=True,
+    shares=shares,
     inputs=2,
 )

@@ -5,18 +5,11 @@ Weights are strengths, not ratios (Ilharco et al. 2023, "Editing models with tas
 
 from __future__ import annotations
 
-from ..stack import Options, Product, Stack
-from .method import Method
-
-
-def merge(stack: Stack, options: Options) -> Product:
-    return stack.weighted_sum()
-
+from .method import Method, as_given
 
 METHOD = Method(
     "sum",
     "Exact sum of the differences; weights are true strengths.",
-    merge,
-    linear=True,
+    shares=as_given,
     ratios=False,
 )

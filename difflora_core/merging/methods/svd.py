@@ -6,18 +6,11 @@ Without a limit of rank the largest rank of the inputs is taken, layer by layer.
 
 from __future__ import annotations
 
-from ..stack import Options, Product, Stack
-from .method import Method
-
-
-def merge(stack: Stack, options: Options) -> Product:
-    return stack.weighted_sum()
-
+from .method import Method, as_given
 
 METHOD = Method(
     "svd",
     "Sum of the differences, compressed to the rank of the largest input.",
-    merge,
-    linear=True,
+    shares=as_given,
     ratios=False,
 )

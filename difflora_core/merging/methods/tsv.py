@@ -13,7 +13,7 @@ import torch
 
 from ..bases import inverse_root
 from ..stack import Options, Product, Stack
-from ..truncation import decompose
+from ..truncation import decomposed
 from .method import Method
 
 
@@ -21,10 +21,10 @@ def merge(stack: Stack, options: Options) -> Product:
     most = min(stack.shape) // len(stack.ups) or 1
     lefts, rights, scales = [], [], []
     for up, down, weight in zip(stack.ups, stack.downs, stack.weights, strict=True):
-        core = decompose([(up, down)])[0]
+        core = decomposed(up, down)
         if core.norm == 0:
             continue
-        kept = min(most, core.meaningful)
+        kept = min(most, int(core.meaningful))
         lefts.append(core.up @ core.left[:, :kept])
         rights.append((core.right[:, :kept].mT @ core.down).mT / core.sigma[:kept])
         scales.append(core.sigma[:kept] * weight * len(stack.ups))
