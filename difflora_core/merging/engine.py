@@ -11,10 +11,12 @@ import torch
 
 from ..errors import BadConfig
 from ..lora import Lora
+from .average_distance import distance_to_average
 from .certificate import Certificate
 from .inputs import MergeInput, MergeSettings, check_blocks, check_shapes, common_base
 from .job import Job, Progress
 from .methods import METHODS
+from .methods.factor_average import METHOD as FACTOR_AVERAGE
 from .report import report
 from .rules import RankRule
 from .weighting import WEIGHTINGS, overall_weights
@@ -58,7 +60,10 @@ def merge(
     layers = {name: found[name][0] for name in job.weights}
     certificates = {name: found[name][1] for name in job.weights}
     lora = replace(loras[0], layers=layers, metadata={}, offsets=job.offsets())
-    facts = report(job, certificates, time.perf_counter() - begin)
+    from_average = (
+        distance_to_average(job, layers) if settings.method == FACTOR_AVERAGE.name else None
+    )
+    facts = report(job, certificates, time.perf_counter() - begin, from_average)
     return Merged(lora, certificates, facts)
 
 

@@ -71,7 +71,7 @@ class Job:
         """Every layer merged, in batches of equal shapes, so not in order."""
         done, total = 0, len(self.weights)
         ranks = self._ranks_within_size()
-        for batch in self._batches():
+        for batch in self.batches():
             rule = self._rule(batch)
             rules = [RankRule(rank=ranks[name]) if ranks else rule for name in batch.names]
             for name, factors in zip(batch.names, self._merged(batch, rules), strict=True):
@@ -98,7 +98,7 @@ class Job:
         if megabytes is None:
             return None
         spectra: dict[str, Tensor] = {}
-        for batch in self._batches():
+        for batch in self.batches():
             merged = self._merged(batch, [RankRule(rank=_ALL)] * len(batch))
             for name, (_, _, certificate) in zip(batch.names, merged, strict=True):
                 spectra[name] = torch.tensor(certificate.singular_values)
@@ -123,7 +123,7 @@ class Job:
             size = max(1, _BATCH // ((rows + columns) * max(sum(ranks), 1)))
             yield from (names[i : i + size] for i in range(0, len(names), size))
 
-    def _batches(self) -> Iterator[Batch]:
+    def batches(self) -> Iterator[Batch]:
         """All layers, each batch read while the one before it is worked on."""
         with ThreadPoolExecutor(1) as reader:
             pending = None

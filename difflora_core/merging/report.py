@@ -22,13 +22,21 @@ if TYPE_CHECKING:
 
 _WORST = 5
 _FACTOR_WARNING = (
-    "factor_average is not the average of the LoRAs: it mixes factors of different LoRAs, and for "
-    "unrelated ones the result is mostly noise. Use average."
+    "factor_average is not the average of the LoRAs: it mixes factors of different LoRAs. This "
+    "result differs from the exact average by {:.1%} of the average's norm. Use average."
 )
 
 
-def report(job: Job, certificates: Mapping[str, Certificate], seconds: float) -> dict[str, Any]:
-    """Facts about a merge; errors are relative to the method's exact result."""
+def report(
+    job: Job,
+    certificates: Mapping[str, Certificate],
+    seconds: float,
+    from_average: float | None = None,
+) -> dict[str, Any]:
+    """Facts about a merge; errors are relative to the method's exact result.
+
+    from_average: distance to the exact average, of a method that only sounds like it.
+    """
     settings = job.settings
     weights = overall_weights(job.inputs, settings)
     return {
@@ -41,7 +49,8 @@ def report(job: Job, certificates: Mapping[str, Certificate], seconds: float) ->
         **summary(certificates),
         "blocks": _by_block(certificates),
         "certificates": {name: _certificate(c) for name, c in certificates.items()},
-        "warnings": _warnings(job),
+        **({} if from_average is None else {"error_to_average": from_average}),
+        "warnings": [*_factor_warning(from_average), *_warnings(job)],
         "seconds": seconds,
     }
 
@@ -130,9 +139,13 @@ def _by_block(certificates: Mapping[str, Certificate]) -> dict[str, dict[str, fl
     return {block: _totals(part) for block, part in blocks.items()}
 
 
+def _factor_warning(from_average: float | None) -> list[str]:
+    return [] if from_average is None else [_FACTOR_WARNING.format(from_average)]
+
+
 def _warnings(job: Job) -> list[str]:
     settings, method = job.settings, METHODS[job.settings.method]
-    warnings = [_FACTOR_WARNING] if method.name == "factor_average" else []
+    warnings = []
     if method.uses_density and settings.density == 1 and method.name in ("dare", "della"):
         warnings.append(f"{method.name} with density 1 drops nothing.")
     alone = [name for name in job.weights if sum(name in held for held in job.held) == 1]

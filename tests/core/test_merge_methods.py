@@ -182,3 +182,19 @@ def test_layers_of_one_lora_only_and_of_zeros(method: str) -> None:
             expected = share * dense(a.layers[name])
             assert distance(dense(merged.lora.layers[name]), expected) < 1e-5
     assert any("in one LoRA only" in warning for warning in merged.report["warnings"])
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_factor_average_states_its_distance_to_the_average(rank: int | None) -> None:
+    loras, weights = [random_lora(i) for i in range(3)], [1.0, 2.0, -0.5]
+    merged = merge(inputs_of(loras, weights), MergeSettings("factor_average", RankRule(rank=rank)))
+    shares = [w / sum(weights) for w in weights]
+    averages = {name: dense_sum(loras, shares, name) for name in NAMES}
+    lost = sum(float((dense(x) - averages[x.name]).square().sum()) for x in merged.lora)
+    energy = sum(float(average.square().sum()) for average in averages.values())
+    stated = merged.report["error_to_average"]
+    assert stated == pytest.approx(math.sqrt(lost / energy), rel=1e-5)
+    assert any(f"by {stated:.1%} of" in warning for warning in merged.warnings)
+    same = merge(inputs_of([loras[0], loras[0]]), MergeSettings("factor_average"))
+    assert same.report["error_to_average"] < 1e-5
+    assert "error_to_average" not in merge(inputs_of(loras), MergeSettings("average")).report
