@@ -157,9 +157,9 @@ def combine(ldm: Tensor, terms: Mapping[TermName, Term], weights: Weights) -> Te
     0.6 * LDM. Where it lacks all of them, as it does from step T on, the diffusion loss is left.
     """
     left = 1 - sum(vars(weights).values())
-    total, loss = torch.full_like(ldm, left), left * ldm
+    loss, given = left * ldm, torch.zeros_like(ldm)
     for name, (value, present) in terms.items():
         weight = getattr(weights, name) * present.to(ldm.dtype)
-        total = total + weight
+        given = given + weight
         loss = loss + weight * torch.where(present, value, 0.0)
-    return torch.where(total > TINY, loss / total.clamp_min(TINY), ldm)
+    return torch.where(given > 0, loss / (left + given).clamp_min(TINY), ldm)
