@@ -36,6 +36,7 @@ STAGES: dict[str, str] = {
     "evaluate": "training.evaluation.stage:run",
     "evaluate-guidance": "training.guidance.stage:run",
     "build-people-dataset": "training.controlnet.people_stage:run",
+    "train-controlnet": "training.controlnet.stage:run",
     "demo": "training.demo:run",
     "ship": "training.artifacts:ship",
 }

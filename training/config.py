@@ -23,7 +23,7 @@ from difflora_core.config import from_dict, to_dict
 from difflora_core.errors import BadConfig
 
 from .base.config import BaseConfig
-from .controlnet.config import PeopleConfig
+from .controlnet.config import ControlnetConfig, PeopleConfig
 from .encoders.config import EncodersConfig
 from .evaluation.config import EvalConfig
 from .guidance.config import GuidanceConfig
@@ -49,6 +49,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     people: PeopleConfig = field(default_factory=PeopleConfig)
+    controlnet: ControlnetConfig = field(default_factory=ControlnetConfig)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:

@@ -141,11 +141,11 @@ def _five_points(numbers: Sequence[float]) -> Points | None:
 def _picture(
     image: dict[str, Any], captions: Iterable[str], people: Iterable[Person], file: str
 ) -> Picture:
-    width, height, name = (image.get(key) for key in ("width", "height", "file_name"))
-    if isinstance(width, int) and isinstance(height, int) and isinstance(name, str):
-        if width > 0 and height > 0:
-            return Picture(name, width, height, tuple(captions), tuple(people))
-    raise BadAnnotations(f"{file}: picture {image.get('id')} has no file name or no size.")
+    width, height = (image.get(key) for key in ("width", "height"))
+    if not (isinstance(width, int) and isinstance(height, int) and min(width, height) > 0):
+        raise BadAnnotations(f"{file}: picture {image.get('id')} has the size {width} x {height}.")
+    name = _entry(image, "file_name", str, Path(file))
+    return Picture(name, width, height, tuple(captions), tuple(people))
 
 
 def _read(path: Path, tables: Iterable[str]) -> dict[str, Any]:

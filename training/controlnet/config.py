@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
+
+from ..run_config import OptimConfig
 
 
 @dataclass(frozen=True)
@@ -32,3 +35,78 @@ class PeopleConfig:
     """Files to train on."""
     validation: PeopleFiles = field(default_factory=PeopleFiles)
     """Files to evaluate on."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The mask-aware loss: body * L_body + face * L_face + (1 - body - face) * L_LDM for t < last.
+
+    Features are compared at unit length, so that a weight means the same for every network.
+    """
+
+    body: float = 0.2
+    """Weight of the distance of the decoder's features inside the masks of people (lambda 1)."""
+    face: float = 0.5
+    """Weight of the distance of faces in the eyes of the face network (lambda 2)."""
+    last: int = 100
+    """T: the terms count at timesteps below, where the estimate of the picture can be trusted."""
+    share: float = 0.4
+    """Share of samples drawn from the timesteps below `last`, with weights that leave the expected
+    loss as it is; 0 = uniform timesteps, of which last / 1000 lie below."""
+    min_snr: float = 5.0
+    """Gamma of the min-SNR weight of L_LDM; 0 = plain epsilon loss."""
+    per_person: bool = True
+    """Every person counts alike; if not, every pixel of the union of all people."""
+    tap_weights: tuple[float, ...] = ()
+    """Weights of the face network's stages, shallow to deep; empty: alike, 1 together."""
+    embedding_weight: float = 1.0
+    """Weight of the face network's embedding beside its stages."""
+
+
+@dataclass(frozen=True)
+class ControlnetConfig:
+    """Stage train-controlnet: a ControlNet without a hint that sees x_t, t and the prompt."""
+
+    model: str = ""
+    """Folder of a Stable Diffusion 1.5 model in diffusers' layout; empty: the mini model."""
+    data: Literal["drawn", "people"] = "drawn"
+    """drawn: portraits, drawn for this stage. people: what build-people-dataset has made."""
+    variants: tuple[str, ...] = ("baseline", "mask_aware")
+    """What to train: baseline (L_LDM only), mask_aware (the objective below), changes of it such
+    as "last=200" or "body=0.1 face=0.7", or the authors' settings with uniform timesteps and no
+    SNR weight: paper (0.2, 0.5, T = 100), second (T = 400), logged, script."""
+    seeds: tuple[int, ...] = (0,)
+    """Every variant is trained once per seed; variants of one seed see the same samples."""
+    resolution: int = 128
+    """Side of the pictures in pixels."""
+    batch: int = 64
+    """Pictures per step."""
+    pool: int = 50_000
+    """Portraits drawn and encoded once (data drawn)."""
+    mention: float = 0.8
+    """Probability that a prompt mentions an attribute of its portrait (data drawn)."""
+    drop_prompt: float = 0.1
+    """Share of empty prompts, for classifier-free guidance."""
+    smallest_face: float = 0.1
+    """Narrowest face that is compared, as a share of the picture."""
+    face_network: str = ""
+    """Recogniser of the face term, .safetensors of ours or .onnx as in insightface's packs;
+    empty: the recogniser of the mini world."""
+    checkpointing: bool = False
+    """Keep fewer activations and compute them again (SD 1.5 on small cards)."""
+    check: int = 64
+    """Held-out pictures of the figures and of the sample sheet."""
+    sample_every: int = 2000
+    """Steps between sample sheets."""
+    from_step: int = 600
+    """Timestep that sample sheets and evaluation noise true pictures to, before painting on."""
+    paint_steps: int = 20
+    """Steps from pure noise to a picture; from `from_step` on it takes its share of them."""
+    guidance: float = 3.0
+    """Classifier-free guidance scale of a picture."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """The loss of the variant mask_aware."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(steps=6000, lr=2e-4, warmup=200, ema=0.999)
+    )
+    """Optimiser."""

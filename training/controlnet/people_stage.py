@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from difflora_core.errors import BadConfig, DiffLoRAError
-from training.artifacts import artifacts_folder
+from training.artifacts import MissingArtifact, artifacts_folder
 from training.config import Config
 from training.run_folder import RunFolder
 
 from .coco import Survey, survey
 from .config import PeopleFiles
-from .people import Picture, write_index
+from .people import Index, Picture, read_index, write_index
 from .segmentation import BadSegmentation, to_mask
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,17 @@ def run(config: Config, folder: RunFolder) -> None:
 def index_path(config: Config, split: str) -> Path:
     """Where the index of a split is written."""
     return artifacts_folder(config) / "people" / f"{split}.jsonl"
+
+
+def open_split(config: Config, split: str) -> Index:
+    """Read a split that this stage wrote. Errors: MissingArtifact, BadIndex."""
+    path = index_path(config, split)
+    if not path.exists():
+        raise MissingArtifact(
+            f"There is no data set of people in {config.run.root} yet.",
+            hint="Run `python -m training build-people-dataset --config ...` first.",
+        )
+    return read_index(path)
 
 
 def coverage(pictures: Sequence[Picture]) -> np.ndarray:

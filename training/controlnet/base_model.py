@@ -1,0 +1,112 @@
+"""The frozen text-to-image model that a ControlNet is trained for: the mini one, or SD 1.5."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from difflora_core.errors import DiffLoRAError
+
+from ..base.models import NOISE_SCHEDULE, Unet, Vae, open_text, open_unet, open_vae
+from ..base.tokens import rows
+from ..config import Config
+
+PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+"""Folders of a Stable Diffusion model in diffusers' layout."""
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """VAE, U-Net and text encoder, frozen on one device; epsilon prediction on SD's schedule."""
+
+    vae: Vae
+    unet: Unet
+    encode: Callable[[Sequence[str]], Tensor]
+    """Prompts -> context [B, 77, width]."""
+    name: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def upscale(self) -> int:
+        """Pixels per latent, each way."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+
+def open_base(config: Config) -> BaseModel:
+    """The model of `controlnet.model`. Errors: MissingArtifact, DiffLoRAError."""
+    device = config.run.torch_device()
+    if config.controlnet.model:
+        return _open_folder(Path(config.controlnet.model), device)
+    text = open_text(config).to(device)
+
+    @torch.no_grad()
+    def encode(prompts: Sequence[str]) -> Tensor:
+        return text(rows(prompts).to(device)).last_hidden_state
+
+    return BaseModel(open_vae(config).to(device), open_unet(config).to(device), encode, "mini")
+
+
+def _open_folder(folder: Path, device: torch.device) -> BaseModel:
+    missing = [part for part in PARTS if not (folder / part).is_dir()]
+    if missing:
+        raise DiffLoRAError(
+            f"{folder} is no Stable Diffusion model in diffusers' layout: it has no "
+            f"{', '.join(missing)}.",
+            hint="controlnet.model wants the folder that holds model_index.json.",
+        )
+    _check_schedule(folder / "scheduler" / "scheduler_config.json")
+    return BaseModel(
+        _opened(AutoencoderKL, folder, "vae", device),
+        _opened(UNet2DConditionModel, folder, "unet", device),
+        _text_encoder(folder, device),
+        folder.name,
+    )
+
+
+def _text_encoder(folder: Path, device: torch.device) -> Callable[[Sequence[str]], Tensor]:
+    text = _opened(CLIPTextModel, folder, "text_encoder", device)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+
+    @torch.no_grad()
+    def encode(prompts: Sequence[str]) -> Tensor:
+        ids = tokenizer(
+            list(prompts), padding="max_length", truncation=True, return_tensors="pt",
+            max_length=text.config.max_position_embeddings,
+        ).input_ids  # fmt: skip
+        return text(ids.to(device)).last_hidden_state
+
+    return encode
+
+
+def _opened(kind: Any, folder: Path, part: str, device: torch.device) -> Any:
+    try:
+        module: nn.Module = kind.from_pretrained(folder / part, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise DiffLoRAError(f"{folder / part} cannot be opened: {error}") from error
+    return module.to(device, torch.float32).requires_grad_(False).eval()
+
+
+def _check_schedule(path: Path) -> None:
+    """Errors: DiffLoRAError for a model of another schedule or prediction."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DiffLoRAError(f"Cannot read {path}: {error}.") from error
+    wanted = NOISE_SCHEDULE | {"prediction_type": "epsilon"}
+    wrong = {key: found[key] for key, value in wanted.items() if found.get(key, value) != value}
+    if wrong:
+        raise DiffLoRAError(
+            f"{path.parent.parent.name} has the schedule {wrong}, expected Stable Diffusion 1's.",
+            hint="Only models that predict epsilon, such as SD 1.5, can be trained here.",
+        )

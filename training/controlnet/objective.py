@@ -1,0 +1,198 @@
+"""The loss of a step: the diffusion loss, and for t < T the distances of faces and bodies.
+
+L = E_t [ l1 * L_body + l2 * L_face + (1 - l1 - l2) * L_LDM ] for t < T, L_LDM above (Gupta, Hebbar
+and Mohta, 2023). With uniform t the terms would act on T / 1000 of the samples; here samples below
+T are drawn more often and count less, so that the expected loss is the same and less noisy.
+Ours differs from the authors' code in what was wrong there: see difflora_core/mask_aware/losses.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from difflora_core.errors import BadConfig
+from difflora_core.mask_aware.crops import MARGIN, crop_boxes, face_windows
+from difflora_core.mask_aware.losses import (
+    PRESETS,
+    Preset,
+    Term,
+    TermName,
+    Weights,
+    combine,
+    face_distance,
+    masked_distance,
+)
+from difflora_core.mask_aware.networks import FaceActivations, FaceNetwork
+from difflora_core.mask_aware.pairing import FlatFaces
+
+from ..base.noise import NoiseSchedule
+from ..base.painter import denoised
+from .batches import PeopleBatch
+from .config import ObjectiveConfig
+from .picture_decoder import Decoded, PictureDecoder
+
+STEPS = 1000
+"""Timesteps of the noise schedule."""
+AUTHORS = {"paper": "default", "second": "second", "logged": "logged", "script": "script"}
+"""Variants that are settings of the authors, and their presets."""
+CHANGEABLE: Mapping[str, type] = {
+    "body": float, "face": float, "last": int, "share": float, "min_snr": float,
+}  # fmt: skip
+"""Keys of the objective that the name of a variant can change."""
+
+
+def draw_steps(
+    count: int, objective: ObjectiveConfig, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Timesteps t [B] int64 and the weights [B] that make their mean that of uniform t."""
+    place, last = torch.rand(count, device=device), objective.last
+    if not objective.share:
+        return (place * STEPS).long(), torch.ones(count, device=device)
+    low = torch.rand(count, device=device) < objective.share
+    below, above = place * last, last + place * (STEPS - last)
+    natural, share = last / STEPS, objective.share
+    weights = torch.where(low, natural / share, (1 - natural) / (1 - share))
+    return torch.where(low, below, above).long().clamp(max=STEPS - 1), weights
+
+
+@dataclass(frozen=True)
+class MaskAware:
+    """The terms of faces and bodies; for a baseline both weights are 0."""
+
+    objective: ObjectiveConfig
+    decoder: PictureDecoder
+    network: FaceNetwork
+    schedule: NoiseSchedule
+
+    @property
+    def weights(self) -> Weights:
+        return Weights(face=self.objective.face, body=self.objective.body)
+
+    def losses(
+        self, batch: PeopleBatch, noisy: Tensor, predicted: Tensor, noise: Tensor, t: Tensor,
+        weight: Tensor,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """ "loss" and, for the log, means of the terms where they are present.
+
+        noisy, predicted, noise [B, 4, h, w]; t [B]; weight [B] of the samples.
+        """
+        plain = self.schedule.loss(predicted, noise, t)
+        ldm = plain * self.schedule.min_snr_weight(t, self.objective.min_snr)
+        terms = self.terms(batch, noisy, predicted, t)
+        total = (weight * combine(ldm, terms, self.weights)).mean()
+        shown = {name: _mean_present(term) for name, term in terms.items()}
+        return {"loss": total, "epsilon": (weight * plain).mean(), **shown}
+
+    def terms(
+        self, batch: PeopleBatch, noisy: Tensor, predicted: Tensor, t: Tensor
+    ) -> dict[TermName, Term]:
+        """The terms [B] of the pictures with t < T; absent for the others."""
+        wanted = self.objective.face > 0 or self.objective.body > 0
+        index = (t < self.objective.last).nonzero()[:, 0] if wanted else t[:0]
+        if not len(index):
+            return {}
+        kept = self.schedule.alpha[t[index]][:, None, None, None]
+        x0 = denoised(noisy[index], predicted[index].float(), kept)
+        few = self.compare(batch.rows(index), x0)
+        return {name: _spread(term, index, len(batch)) for name, term in few.items()}
+
+    def compare(self, batch: PeopleBatch, x0: Tensor) -> dict[TermName, Term]:
+        """Terms [B] of estimates x0 (scaled latents) against the batch's own pictures."""
+        faces = batch.faces()
+        if not self.objective.body:
+            return {"face": self._face_windows(batch, x0, faces)}
+        ours = self.decoder(x0)
+        with torch.no_grad():
+            theirs = self.decoder(batch.latents)
+        masks = batch.masks
+        body = masked_distance(ours.maps, theirs.maps, masks, self.objective.per_person)
+        terms: dict[TermName, Term] = {"body": Term(body, masks.amax((1, 2, 3)) > 0)}
+        if self.objective.face:
+            terms["face"] = self._faces(ours, theirs, faces)
+        return terms
+
+    def _faces(self, ours: Decoded, theirs: Decoded, faces: FlatFaces) -> Term:
+        return self._face_term(faces.crops(ours.pictures), faces.crops(theirs.pictures), faces)
+
+    def _face_windows(self, batch: PeopleBatch, x0: Tensor, faces: FlatFaces) -> Term:
+        """The face term alone: only windows around faces are decoded, of both in the same way."""
+        if not len(faces):
+            nothing = x0.new_zeros(len(batch))
+            return Term(nothing, nothing > 0)
+        size = (x0.shape[-2], x0.shape[-1])
+        boxes = crop_boxes(faces.landmarks)
+        windows = face_windows(faces.picture, boxes, size, self.decoder.upscale, MARGIN)
+        moved = replace(
+            faces,
+            picture=torch.arange(len(faces)),
+            landmarks=windows.shifted(faces.landmarks, self.decoder.upscale),
+        )
+        ours = self.decoder(windows.cut(x0)).pictures
+        with torch.no_grad():
+            theirs = self.decoder(windows.cut(batch.latents)).pictures
+        return self._face_term(moved.crops(ours), moved.crops(theirs), faces)
+
+    def _face_term(self, ours: Tensor, theirs: Tensor, faces: FlatFaces) -> Term:
+        with torch.no_grad():
+            wanted: FaceActivations = self.network(theirs)
+        taps = self.objective.tap_weights or None
+        weight = self.objective.embedding_weight
+        return faces.per_picture(face_distance(self.network(ours), wanted, taps, weight))
+
+
+def objective_of(variant: str, own: ObjectiveConfig) -> ObjectiveConfig:
+    """The objective of a variant: a name, or changes "key=value key=value" of `own`.
+
+    Errors: BadConfig.
+    """
+    if variant == "baseline":
+        return checked(replace(own, body=0.0, face=0.0))
+    if variant in AUTHORS:
+        return _authors(own, PRESETS[AUTHORS[variant]])
+    if variant == "mask_aware":
+        return checked(own)
+    changes = {}
+    for word in variant.split():
+        key, _, text = word.partition("=")
+        try:
+            changes[key] = CHANGEABLE[key](text)
+        except (KeyError, ValueError) as error:
+            raise BadConfig(
+                f"controlnet.variants has {variant!r}, of which {word!r} cannot be understood.",
+                hint=f"Expected baseline, mask_aware, {', '.join(AUTHORS)}, or changes of "
+                f"{', '.join(CHANGEABLE)}.",
+            ) from error
+    return checked(replace(own, **changes))
+
+
+def checked(objective: ObjectiveConfig) -> ObjectiveConfig:
+    """The same objective. Errors: BadConfig for impossible values."""
+    Weights(face=objective.face, body=objective.body)
+    if not 0 <= objective.share < 1 or not 0 < objective.last <= STEPS:
+        raise BadConfig(
+            f"controlnet.objective.share is {objective.share} and last {objective.last}; "
+            f"expected 0 to below 1, and 1 to {STEPS}."
+        )
+    return objective
+
+
+def _authors(own: ObjectiveConfig, preset: Preset) -> ObjectiveConfig:
+    """As the authors trained: their weights and T, uniform timesteps, no weight by noise."""
+    face, body = preset.weights.face, preset.weights.body
+    return replace(own, face=face, body=body, last=preset.last_step, share=0.0, min_snr=0.0)
+
+
+def _spread(term: Term, index: Tensor, count: int) -> Term:
+    """A term of some of `count` pictures as one of all of them."""
+    value = term.value.new_zeros(count).index_copy(0, index, term.value)
+    present = torch.zeros(count, dtype=torch.bool, device=index.device)
+    return Term(value, present.index_copy(0, index, term.present.to(index.device)))
+
+
+def _mean_present(term: Term) -> Tensor:
+    """The mean where the term is present, 0 where it is nowhere."""
+    return (term.value * term.present).sum() / term.present.sum().clamp_min(1)

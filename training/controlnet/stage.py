@@ -1,0 +1,126 @@
+"""Stage train-controlnet: every variant of the loss from every seed, then figures and files."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from difflora_core.errors import BadConfig
+from difflora_core.mask_aware.networks import FaceNetwork, open_face_network
+
+from ..artifacts import artifact
+from ..base.noise import NoiseSchedule
+from ..budget import train
+from ..config import Config
+from ..run_folder import RunFolder
+from .base_model import BaseModel, open_base
+from .batches import People
+from .checking import Checker, held_out
+from .config import ObjectiveConfig
+from .control import Control, new_control, predict_noise
+from .drawn_people import DrawnPeople
+from .export import export
+from .objective import MaskAware, draw_steps, objective_of
+from .people_stage import open_split
+from .picture_decoder import PictureDecoder
+from .read_people import ReadPeople
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """What all variants and seeds share."""
+
+    config: Config
+    base: BaseModel
+    network: FaceNetwork
+    people: People
+    checker: Checker
+
+    @classmethod
+    def open(cls, config: Config) -> Workshop:
+        """Models and data. Errors: MissingArtifact, BadWeightsFile, DiffLoRAError."""
+        base = open_base(config)
+        network = open_network(config).to(base.device)
+        held = held_out(config, base, config.controlnet.check)
+        checker = Checker(base, config, held, mask_aware(base, network, ObjectiveConfig()))
+        return cls(config, base, network, open_people(config, base), checker)
+
+
+def run(config: Config, folder: RunFolder) -> None:
+    """Train `controlnet.variants` from `controlnet.seeds` and export each. Errors: BadConfig."""
+    settings = config.controlnet
+    objectives = {name: objective_of(name, settings.objective) for name in settings.variants}
+    if not objectives or not settings.seeds:
+        raise BadConfig("controlnet.variants and controlnet.seeds must not be empty.")
+    workshop = Workshop.open(config)
+    before = workshop.checker.figures(None)
+    for seed in settings.seeds:
+        for variant, objective in objectives.items():
+            name = run_name(variant, seed)
+            control, steps = train_control(workshop, objective, seed, folder.part(name))
+            figures = {"steps": steps, "base": before, "control": workshop.checker.figures(control)}
+            export(config, name, control, figures)
+            logger.info("%s: %s", name, figures)
+
+
+def run_name(variant: str, seed: int) -> str:
+    """File name of one training: "last=200 face=0.7", 1 -> "last-200_face-0.7-seed1"."""
+    return f"{'_'.join(variant.split()).replace('=', '-')}-seed{seed}"
+
+
+def train_control(
+    workshop: Workshop, objective: ObjectiveConfig, seed: int, folder: RunFolder
+) -> tuple[Control, int]:
+    """One ControlNet with its averaged weights, frozen, and the steps it took."""
+    config, base, settings = workshop.config, workshop.base, workshop.config.controlnet
+    loss = mask_aware(base, workshop.network, objective)
+    torch.manual_seed(seed)
+    control = new_control(base.unet, checkpointing=settings.checkpointing)
+
+    def step(i: int) -> dict[str, Tensor]:
+        if i and i % settings.sample_every == 0:
+            workshop.checker.save_samples(control, folder, i)
+        batch = workshop.people.draw(i, settings.batch, seed)
+        context = base.encode(drop_prompts(batch.prompts, settings.drop_prompt))
+        noise = torch.randn_like(batch.latents)
+        t, weight = draw_steps(len(batch), objective, base.device)
+        noisy = loss.schedule.add_noise(batch.latents, noise, t)
+        predicted = predict_noise(base, control, noisy, t, context)
+        return loss.losses(batch, noisy, predicted, noise, t, weight)
+
+    run = replace(config.run, seed=config.run.seed + seed)
+    modules = {"control": control}
+    trainer = train(modules, settings.optim, run, folder, step, batch=settings.batch)
+    control.load_state_dict(trainer.averaged("control"))
+    workshop.checker.save_samples(control.eval(), folder, trainer.step)
+    return control.requires_grad_(False), trainer.step
+
+
+def drop_prompts(prompts: tuple[str, ...], share: float) -> list[str]:
+    """Some of the prompts made empty, so that classifier-free guidance has its other half."""
+    kept = torch.rand(len(prompts)) >= share
+    return [prompt if keep else "" for prompt, keep in zip(prompts, kept.tolist(), strict=True)]
+
+
+def mask_aware(base: BaseModel, network: FaceNetwork, objective: ObjectiveConfig) -> MaskAware:
+    """The loss of an objective on a base model."""
+    decoder = PictureDecoder(base.vae, base.upscale)
+    return MaskAware(objective, decoder, network, NoiseSchedule(base.device))
+
+
+def open_network(config: Config) -> FaceNetwork:
+    """The recogniser of the face term. Errors: MissingArtifact, BadWeightsFile."""
+    return open_face_network(config.controlnet.face_network or artifact(config, "recogniser"))
+
+
+def open_people(config: Config, base: BaseModel) -> People:
+    """The training pictures. Errors: MissingArtifact, BadIndex."""
+    settings = config.controlnet
+    if settings.data == "people":
+        return ReadPeople.open(open_split(config, "train"), base, settings)
+    return DrawnPeople.make(base, settings, config.run.seed)
