@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,25 @@ class SqueezeNet(nn.Module):
         y = y * self.up(self.down(F.adaptive_avg_pool2d(y, 1)).relu()).sigmoid()
         y = F.avg_pool2d(y + F.max_pool2d(x, 1, 2), 2)
         return F.normalize(self.fc(y.view(y.size(0), -1)))
+
+
+BUILDERS: Mapping[str, Callable[[], nn.Module]] = {
+    "r50": lambda: iresnet(R50),
+    "r100": lambda: iresnet(R100),
+    "mobile": lambda: settled(MobileFaceNet()),
+    "squeeze": lambda: settled(SqueezeNet()),
+}
+
+
+def crops(count: int = 3) -> Tensor:
+    """Pictures of noise, always the same."""
+    return torch.rand(count, 3, 112, 112, generator=torch.Generator().manual_seed(1))
+
+
+def exported(kind: str, folder: Path, **how: Any) -> Path:
+    """One of BUILDERS as an ONNX file; see `export`."""
+    torch.manual_seed(0)
+    return export(BUILDERS[kind](), folder / f"{kind}.onnx", **how)
 
 
 def settled(network: nn.Module) -> nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -12,33 +11,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from onnx import helper
-from torch import Tensor, nn
+from torch import Tensor
 
 from difflora_core.errors import BadWeightsFile
 from difflora_core.mask_aware import FaceNetwork, open_face_network
 from difflora_core.mini_world import MINI_FOLDER
-from tests.core import face_networks as made
+from tests.core.face_networks import by_onnxruntime, crops, export, exported, iresnet, write
 
 PACK = MINI_FOLDER / "insightface/models/mini"
-BUILDERS: dict[str, Callable[[], nn.Module]] = {
-    "r50": lambda: made.iresnet(made.R50),
-    "r100": lambda: made.iresnet(made.R100),
-    "mobile": lambda: made.settled(made.MobileFaceNet()),
-    "squeeze": lambda: made.settled(made.SqueezeNet()),
-}
-
-
-def crops(count: int = 3) -> Tensor:
-    return torch.rand(count, 3, 112, 112, generator=torch.Generator().manual_seed(1))
-
-
-def exported(kind: str, path: Path, **how: object) -> Path:
-    torch.manual_seed(0)
-    return made.export(BUILDERS[kind](), path / f"{kind}.onnx", **how)  # type: ignore[arg-type]
 
 
 def difference(network: FaceNetwork, path: Path, pictures: Tensor) -> float:
-    expected = F.normalize(made.by_onnxruntime(path, pictures * 2 - 1), dim=-1)
+    expected = F.normalize(by_onnxruntime(path, pictures * 2 - 1), dim=-1)
     return float((network(pictures).embedding - expected).abs().max())
 
 
@@ -70,7 +54,7 @@ def test_opsets(tmp_path: Path, kind: str, opset: int) -> None:
 def test_a_recogniser_of_real_size(tmp_path: Path) -> None:
     """43.6 million parameters, as w600k_r50.onnx."""
     torch.manual_seed(0)
-    path = made.export(made.iresnet(width=64), tmp_path / "r50.onnx", opset=11)
+    path = export(iresnet(width=64), tmp_path / "r50.onnx", opset=11)
     network = open_face_network(path)
     assert [tuple(tap.shape[1:]) for tap in network(crops(1)).taps] == [
         (64, 112, 112), (64, 56, 56), (128, 28, 28), (256, 14, 14), (512, 7, 7)
@@ -78,21 +62,11 @@ def test_a_recogniser_of_real_size(tmp_path: Path) -> None:
     assert difference(network, path, crops(2)) < 2e-6
 
 
-def test_the_mini_recogniser_is_its_torch_twin_with_the_same_maps() -> None:
-    ours, theirs = (
-        open_face_network(path)(crops())
-        for path in (MINI_FOLDER / "recogniser.safetensors", PACK / "rec_mini.onnx")
-    )
-    assert torch.equal(ours.embedding, theirs.embedding)
-    assert [tap.shape[-1] for tap in ours.taps] == [56, 28, 14, 7]
-    assert all(torch.equal(a, b) for a, b in zip(ours.taps, theirs.taps, strict=True))
-
-
 @pytest.mark.parametrize("folded", [True, False], ids=["folded", "unfolded"])
 def test_maps_are_the_ends_of_the_stages(tmp_path: Path, folded: bool) -> None:
     torch.manual_seed(0)
-    network = made.iresnet((1, 2, 1, 1))
-    path = made.export(network, tmp_path / "r.onnx", folded=folded)
+    network = iresnet((1, 2, 1, 1))
+    path = export(network, tmp_path / "r.onnx", folded=folded)
     outputs: list[Tensor] = []
     for name in ("prelu", "blocks.0", "blocks.2", "blocks.3", "bn2"):
         end = network.get_submodule(name)
@@ -102,17 +76,6 @@ def test_maps_are_the_ends_of_the_stages(tmp_path: Path, folded: bool) -> None:
     assert len(taps) == len(outputs) == 5
     for tap, output in zip(taps, outputs, strict=True):
         assert torch.allclose(tap, output, atol=1e-5)
-
-
-@pytest.mark.parametrize("own", [True, False], ids=["in the graph", "outside"])
-def test_normalises_as_insightface_does(tmp_path: Path, own: bool) -> None:
-    arcface = pytest.importorskip("insightface.model_zoo.arcface_onnx")
-    path = tmp_path / "net.onnx"
-    path = made.with_own_normalisation(path) if own else exported("mobile", tmp_path)
-    levels = np.random.default_rng(0).integers(0, 256, (112, 112, 3), np.uint8)
-    theirs = torch.from_numpy(arcface.ArcFaceONNX(str(path)).get_feat(levels[..., ::-1].copy()))
-    ours = open_face_network(path)(torch.from_numpy(levels / 255).permute(2, 0, 1)[None].float())
-    assert torch.allclose(ours.embedding, F.normalize(theirs), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["r50", "mobile", "squeeze"])
@@ -130,38 +93,6 @@ def test_gradients_are_right_in_float64(tmp_path: Path, kind: str) -> None:
     step = 1e-7
     slope = (value(picture + step * along) - value(picture - step * along)) / (2 * step)
     assert float((gradient * along).sum()) == pytest.approx(float(slope), rel=1e-4)
-
-
-def test_opened_in_inference_mode_it_still_has_gradients(tmp_path: Path) -> None:
-    path = exported("mobile", tmp_path)
-    with torch.inference_mode():
-        network = open_face_network(path)
-        with torch.inference_mode(False), torch.enable_grad():
-            pictures = crops().requires_grad_(True)
-            network(pictures).embedding.sum().backward()
-    assert pictures.grad is not None and pictures.grad.abs().sum() > 0
-
-
-def test_no_faces(tmp_path: Path) -> None:
-    network = open_face_network(exported("squeeze", tmp_path, batch=1))
-    nothing = torch.zeros(0, 3, 112, 112, requires_grad=True)
-    seen = network(nothing)
-    assert seen.embedding.shape == (0, 16) and all(len(tap) == 0 for tap in seen.taps)
-    seen.embedding.sum().backward()
-
-
-def test_embed_is_insightfaces_from_the_picture_on() -> None:
-    arcface = pytest.importorskip("insightface.model_zoo.arcface_onnx")
-    path = PACK / "rec_mini.onnx"
-    coarse = torch.rand(1, 3, 6, 8, generator=torch.Generator().manual_seed(3))
-    smooth = F.interpolate(coarse, (120, 160), mode="bicubic").clamp(0, 1)
-    levels = (smooth[0].permute(1, 2, 0) * 255).round().byte().numpy()
-    points = np.array([[60, 50], [85, 48], [73, 63], [63, 77], [84, 76]], np.float32)
-    face = SimpleNamespace(kps=points)
-    theirs = arcface.ArcFaceONNX(str(path)).get(levels[..., ::-1].copy(), face)
-    pixels = torch.from_numpy(levels / 255).permute(2, 0, 1)[None].float()
-    ours = open_face_network(path).embed(pixels, torch.from_numpy(points)[None])[0]
-    assert float(ours @ F.normalize(torch.from_numpy(theirs), dim=0)) > 0.999
 
 
 def broken(path: Path, change: Callable[[onnx.ModelProto], object]) -> Path:
@@ -218,7 +149,7 @@ def test_an_unknown_operation(tmp_path: Path) -> None:
 )
 def test_another_input_size(tmp_path: Path, shape: list[int | str], found: str) -> None:
     node = helper.make_node("GlobalAveragePool", ["data"], ["out"])
-    path = made.write(tmp_path / "landmarks.onnx", [node], {}, shape=shape)
+    path = write(tmp_path / "landmarks.onnx", [node], {}, shape=shape)
     expected = f"landmarks.onnx takes {found}, expected pictures of 3 x 112 x 112."
     assert refusal(path) == expected
 
@@ -265,12 +196,12 @@ def test_an_output_that_nothing_makes(tmp_path: Path) -> None:
 def test_shapes_that_do_not_fit(tmp_path: Path) -> None:
     weights = {"w": np.zeros((4, 5, 3, 3))}
     node = helper.make_node("Conv", ["data", "w"], ["out"])
-    message = refusal(made.write(tmp_path / "r.onnx", [node], weights))
+    message = refusal(write(tmp_path / "r.onnx", [node], weights))
     assert message.startswith("r cannot be run: ")
 
 
 def test_a_result_that_is_no_embedding(tmp_path: Path) -> None:
     node = helper.make_node("ReduceMean", ["data"], ["out"], axes=[1, 2, 3], keepdims=1)
     assert "gives (1, 1) for a crop, expected an embedding" in refusal(
-        made.write(tmp_path / "r.onnx", [node], {})
+        write(tmp_path / "r.onnx", [node], {})
     )
