@@ -70,8 +70,10 @@ class FastDecoder(nn.Module):
         numbered = _by_number(tensors)
         try:
             width, channels = numbered["1.weight"].shape[:2]
-            model = cls(channels, width, _blocks(numbered))
-            model.layers.load_state_dict(numbered)
+            # the weights must outlive ComfyUI's inference mode to take part in a backward pass
+            with torch.inference_mode(False):
+                model = cls(channels, width, _blocks(numbered))
+                model.layers.load_state_dict(numbered)
         except (KeyError, RuntimeError, ValueError) as error:
             raise BadWeightsFile(
                 f"{name} is not a decoder of TAESD's shape.",

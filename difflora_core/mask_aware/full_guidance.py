@@ -36,7 +36,8 @@ def guide_through(
     if not guide.acts(sigma):
         return x0
     with torch.inference_mode(False), torch.enable_grad():
-        estimate = x0.detach().clone().float()
+        kept = x0.detach().clone()
+        estimate = kept.float()
         plan = guide.plan(estimate, direction, cfg, sigma)
         if plan is None:
             return x0
@@ -46,4 +47,4 @@ def guide_through(
         step, note = scaled_step(plan.windows.cut(gradient), plan)
         guide.note(sigma, plan, loss, crops, note)
         guided = plan.windows.add_back(estimate, step)
-        return torch.where(guided != estimate, guided.to(x0.dtype), x0)
+        return torch.where(guided != estimate, guided.to(kept.dtype), kept)

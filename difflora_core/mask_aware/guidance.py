@@ -141,12 +141,13 @@ class Guide:
             return x0
         # autograd refuses tensors that were made in inference mode, copies made here are not
         with torch.inference_mode(False), torch.enable_grad():
-            estimate = x0.detach().clone().float()
+            kept = x0.detach().clone()
+            estimate = kept.float()
             plan = self.plan(estimate, direction, cfg, sigma)
             if plan is None:
                 return x0
             guided = self._descend(estimate, plan, sigma)
-            return torch.where(guided != estimate, guided.to(x0.dtype), x0)
+            return torch.where(guided != estimate, guided.to(kept.dtype), kept)
 
     def plan(
         self, estimate: Tensor, direction: Tensor | None, cfg: float, sigma: float

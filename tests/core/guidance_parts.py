@@ -1,0 +1,78 @@
+"""A small decoder, a small face network and stand-ins for detectors, all seeded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from difflora_core.face import Face
+from difflora_core.face_crop import TEMPLATE
+from difflora_core.mask_aware.decoders import FastDecoder
+from difflora_core.mask_aware.networks import FaceActivations
+from difflora_core.mask_aware.tracking import Finder
+from difflora_core.photos import Pixels
+
+LATENTS = (4, 24, 24)
+
+
+class TinyFaceNetwork(nn.Module):
+    """Aligned crops to a unit embedding of eight numbers."""
+
+    size = 112
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.convolution = nn.Conv2d(3, 8, 16, 16)
+        self.linear = nn.Linear(8 * 7 * 7, 8)
+        self.eval().requires_grad_(False)
+
+    def forward(self, crops: Tensor) -> FaceActivations:
+        maps = torch.tanh(self.convolution(crops))
+        embedding = nn.functional.normalize(self.linear(maps.flatten(1)), dim=-1)
+        return FaceActivations((maps,), embedding)
+
+
+def tiny_decoder(upscale: int = 8) -> FastDecoder:
+    """Of TAESD's shape with a view of a few latents."""
+    torch.manual_seed(0)
+    blocks = (1,) * (upscale.bit_length())
+    return FastDecoder(4, 8, blocks).requires_grad_(False).eval()
+
+
+def references(count: int, seed: int = 3) -> Tensor:
+    """Unit embeddings [count, 8]."""
+    generator = torch.Generator().manual_seed(seed)
+    return nn.functional.normalize(torch.randn(count, 8, generator=generator), dim=-1)
+
+
+def latents(batch: int = 1, seed: int = 5) -> Tensor:
+    """[batch, 4, 24, 24]: pictures of 192 pixels."""
+    return torch.randn(batch, *LATENTS, generator=torch.Generator().manual_seed(seed))
+
+
+def face_at(x: float, y: float, side: float = 48.0) -> Face:
+    """An upright face whose aligned crop has its corner at x, y and the given side, in pixels."""
+    points = np.array(TEMPLATE, np.float32) * (side / 112) + np.array([x, y], np.float32)
+    box = np.array([x, y, x + side, y + side], np.float32)
+    return Face(box, points, 0.9, np.ones(8, np.float32), 1.0, (192, 192))
+
+
+def always(*faces: Face) -> Finder:
+    """A detector that finds these faces in every picture."""
+    return lambda picture: list(faces)
+
+
+class Script:
+    """A detector that finds another list of faces each time it is asked; counts the calls."""
+
+    def __init__(self, answers: Sequence[Sequence[Face]]) -> None:
+        self.answers = answers
+        self.calls = 0
+
+    def __call__(self, picture: Pixels) -> list[Face]:
+        self.calls += 1
+        return list(self.answers[min(self.calls, len(self.answers)) - 1])
