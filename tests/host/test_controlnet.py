@@ -1,0 +1,173 @@
+"""An exported ControlNet in stock ComfyUI: loads, acts, and no hint image changes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from comfy_host import Host
+from diffusers import ControlNetModel
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from training.config import Config
+from training.controlnet.control import NoHint
+from training.controlnet.export import comfyui_tensors, export, open_control
+from training.run_config import RunConfig
+
+NAME = "random-seed0"
+SIDE = 8
+SD15_UNET = {
+    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320,
+    "channel_mult": [1, 2, 4, 4], "num_res_blocks": [2, 2, 2, 2],
+    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0], "transformer_depth_middle": 1,
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], "context_dim": 768,
+    "num_heads": 8, "num_head_channels": -1, "use_spatial_transformer": True, "legacy": False,
+    "use_linear_in_transformer": False, "use_temporal_attention": False, "adm_in_channels": None,
+    "dtype": torch.float32,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A ControlNet of SD 1.5's size with random weights, as files."""
+
+    config: Config
+    single: Path
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    config = Config(run=RunConfig(root=str(tmp_path_factory.mktemp("run")), device="cpu"))
+    with torch.device("meta"):
+        control: Any = ControlNetModel(cross_attention_dim=768)
+    control.controlnet_cond_embedding = NoHint()
+    control = filled(control.to_empty(device="cpu"))
+    folder = export(config, NAME, control, {})
+    return Exported(config, folder / f"{NAME}_comfyui.safetensors")
+
+
+@pytest.fixture(scope="module")
+def loaded(host: Host, exported: Exported) -> Iterator[Any]:
+    """What core's "Load ControlNet Model" makes of the single file."""
+    folder = host.base / "models" / "controlnet"
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / exported.single.name
+    link.symlink_to(exported.single)
+    loader = host.nodes.NODE_CLASS_MAPPINGS["ControlNetLoader"]()
+    yield loader.load_controlnet(link.name)[0]
+    link.unlink()
+
+
+def filled(module: Any) -> Any:
+    """Random weights that keep activations finite through a deep network."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.02, generator=generator)
+    return module
+
+
+def inputs(batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(batch, 4, SIDE, SIDE), torch.tensor([7.0]), torch.randn(batch, 77, 768)
+
+
+def hint(value: float) -> Tensor:
+    """An image [1, H, W, 3]; above 1 noise."""
+    shape = (1, 8 * SIDE, 8 * SIDE, 3)
+    return torch.rand(shape) if value > 1 else torch.full(shape, value)
+
+
+@torch.inference_mode()
+def test_every_weight_arrives_in_comfyui(loaded: Any, exported: Exported) -> None:
+    stored = load_file(exported.single)
+    inside = loaded.control_model.state_dict()
+    assert {f"control_model.{key}" for key in inside} == set(stored)
+    assert all(torch.equal(inside[key[14:]].half(), value) for key, value in stored.items())
+    assert not stored["control_model.input_hint_block.14.weight"].any()
+    assert not stored["control_model.input_hint_block.14.bias"].any()
+
+
+@torch.inference_mode()
+def test_comfyui_computes_what_diffusers_computes(loaded: Any, exported: Exported) -> None:
+    x, t, context = inputs()
+    control = open_control(exported.config, NAME)
+    down, middle = control(x, t, context, controlnet_cond=x, return_dict=False)
+    model = loaded.control_model
+    out = model.float()(x=x, hint=torch.rand(1, 3, 64, 64), timesteps=t, context=context)
+    assert len(out["output"]) == len(down) == 12
+    for ours, theirs in zip((*down, middle), (*out["output"], out["middle"][0]), strict=True):
+        assert ours.abs().max() > 0
+        assert (ours - theirs).abs().max() < 1e-4 * ours.abs().max()
+
+
+@torch.inference_mode()
+def test_hints_change_nothing_and_the_control_does(host: Host, loaded: Any) -> None:
+    import comfy.sample
+
+    model, (latent, _, context) = sd15(), inputs()
+    plain = [[context, {}]]
+    apply = host.nodes.NODE_CLASS_MAPPINGS["ControlNetApplyAdvanced"]().apply_controlnet
+
+    def sampled(conditions: tuple[Any, Any]) -> Tensor:
+        noise = comfy.sample.prepare_noise(latent, 3)
+        positive, negative = conditions
+        return comfy.sample.sample(
+            model, noise, 1, 2.0, "euler", "normal", positive, negative, torch.zeros_like(latent)
+        )
+
+    without = sampled((plain, plain))
+    painted = [
+        sampled(apply(plain, plain, loaded, hint(v), 1.0, 0.0, 1.0)) for v in (0.0, 1.0, 2.0)
+    ]
+    assert torch.isfinite(painted[0]).all()
+    assert torch.equal(painted[0], painted[1]) and torch.equal(painted[0], painted[2])
+    assert (painted[0] - without).abs().max() > 1e-3
+
+
+def sd15() -> Any:
+    """Stable Diffusion 1.5 with random weights as ComfyUI's own model."""
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    config = comfy.supported_models.SD15(dict(SD15_UNET))
+    config.unet_config |= {"num_heads": 8, "num_head_channels": -1}
+    config.set_inference_dtype(torch.float32, None)
+    model = config.get_model({}, "", device=torch.device("cpu"))
+    filled(model.diffusion_model)
+    device = comfy.model_management.get_torch_device()
+    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
+
+
+@torch.inference_mode()
+def test_a_narrow_control_has_the_same_names(host: Host) -> None:
+    """The mini model's: stock ComfyUI has its class, but no detection of its widths."""
+    from comfy.cldm.cldm import ControlNet
+    from comfy.ops import disable_weight_init
+
+    widths = {"block_out_channels": (64, 128), "layers_per_block": 1, "cross_attention_dim": 128}
+    blocks = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
+    control: Any = ControlNetModel(down_block_types=blocks, attention_head_dim=4, **widths)
+    last: nn.Module = filled(control).controlnet_cond_embedding.conv_out
+    for parameter in last.parameters():
+        parameter.zero_()
+    tensors, base = comfyui_tensors(control.state_dict())
+    twin = ControlNet(
+        32, 4, 64, 3, [1, 1], channel_mult=[1, 2], num_heads=4, use_spatial_transformer=True,
+        transformer_depth=[1, 1], transformer_depth_middle=1, context_dim=128, legacy=False,
+        operations=disable_weight_init,
+    )  # fmt: skip
+    assert base == "mini"
+    twin.load_state_dict({key[14:]: value for key, value in tensors.items()})
+    x, t, context = torch.randn(2, 4, 16, 16), torch.tensor([7.0, 801.0]), torch.randn(2, 77, 128)
+    image = torch.rand(2, 3, 128, 128)
+    down, middle = control(x, t, context, controlnet_cond=image, return_dict=False)
+    out = twin(x=x, hint=image, timesteps=t, context=context)
+    for ours, theirs in zip((*down, middle), (*out["output"], out["middle"][0]), strict=True):
+        assert (ours - theirs).abs().max() < 1e-4 * ours.abs().max()
