@@ -110,18 +110,21 @@ def masked_distance(
 
 def place_distance(ours: Tensor, theirs: Tensor) -> Tensor:
     """1 - cosine of the channels at each place: [B, C, h, w] twice -> [B, h, w], 0..2."""
-    return 0.5 * (directions(ours) - directions(theirs)).square().sum(1)
+    return 0.5 * direction_difference(ours, theirs).square().sum(1)
 
 
-def directions(features: Tensor) -> Tensor:
-    """[B, C, h, w] with unit channels at each place, but 0 with a finite gradient at blank ones.
+def direction_difference(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Features [B, C, h, w], each with unit channels at every place, subtracted.
 
-    What counts as blank depends on the map, so that no factor on the features matters.
+    Blank places have the direction 0 and a finite gradient. What is blank depends on the maps, so
+    that no common factor on the features matters.
     """
-    features = features.to(torch.promote_types(features.dtype, torch.float32))
-    squared = features.square().sum(1, keepdim=True)
-    faint = FAINT * squared.detach().mean((2, 3), keepdim=True)
-    return features * (squared + faint.clamp_min(TINY**2)).rsqrt()
+    least = torch.promote_types(ours.dtype, torch.float32)
+    ours, theirs = ours.to(least), theirs.to(least)
+    lengths = [features.square().sum(1, keepdim=True) for features in (ours, theirs)]
+    mean = torch.stack(lengths).detach().mean((0, 3, 4))[..., None, None]
+    faint = (FAINT * mean).clamp_min(1e-20)  # where all is blank: its -1.5th power is a slope
+    return ours * (lengths[0] + faint).rsqrt() - theirs * (lengths[1] + faint).rsqrt()
 
 
 def mean_inside(levels: Sequence[Tensor], masks: Tensor, per_person: bool = True) -> Tensor:
@@ -131,8 +134,9 @@ def mean_inside(levels: Sequence[Tensor], masks: Tensor, per_person: bool = True
     count alike. per_person: the mean over persons, so that the small count as much as the large;
     else their union is one mask, as in the original code. Empty masks are left out.
     """
-    masks = masks if per_person else masks.amax(1, keepdim=True)
-    return torch.stack([_mean_inside(level, masks.to(level.dtype)) for level in levels]).mean(0)
+    masks = masks.to(levels[0].dtype)
+    masks = masks if per_person else 1 - (1 - masks).prod(1, keepdim=True)
+    return torch.stack([_mean_inside(level, masks) for level in levels]).mean(0)
 
 
 def _mean_inside(distance: Tensor, masks: Tensor) -> Tensor:

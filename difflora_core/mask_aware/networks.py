@@ -7,6 +7,7 @@ stages and a unit embedding; the normalisation that it was trained with is insid
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,10 +67,11 @@ class FaceNetwork(nn.Module):
 
     def _look(self, crops: Tensor) -> FaceActivations:
         maps: dict[int, Tensor] = {}
-        passed = crops
-        for passed in self.trunk(crops.float() * self.scale + self.shift):
-            if passed.ndim == 4 and passed.shape[-1] > 1 and passed.shape[1] > 3:
-                maps[passed.shape[-1]] = passed
+        passed = normalised = crops.float() * self.scale + self.shift
+        with _without_autocast(crops.device.type):
+            for passed in self.trunk(normalised):
+                if passed.ndim == 4 and passed.shape[-1] > 1 and passed.shape[1] > 3:
+                    maps[passed.shape[-1]] = passed
         return FaceActivations(tuple(maps.values()), F.normalize(passed.flatten(1), dim=-1))
 
     def _check(self) -> None:
@@ -97,6 +99,13 @@ class FaceNetwork(nn.Module):
     @torch.no_grad()
     def _trial(self, count: int) -> Tensor:
         return self._look(torch.full((count, 3, self.size, self.size), 0.5)).embedding
+
+
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    """Rounded to 8 bits, the gradient of a cosine near 1 would be noise."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 class Chain(nn.Sequential):

@@ -20,9 +20,9 @@ from ..tensor_file import is_finite
 from .onnx_ops import OPERATIONS, Attributes
 
 AGAIN = "Get the file again: the download or copy may be incomplete."
-MISFITS = (RuntimeError, ValueError, TypeError, IndexError, KeyError)
-"""What torch raises where the operations of a file do not fit together."""
 HINT = "Choose a face recogniser, such as glintr100.onnx or w600k_r50.onnx."
+MISFITS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
+"""What comes up where the operations of a file do not fit together."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,10 @@ class Step:
 
 
 class OnnxNetwork(nn.Module):
-    """A graph with one input and one output, in float32; its constants move with `to(device)`."""
+    """A graph with one input and one output, in float32; its weights move with `to(device)`.
+
+    Whole and single numbers stay on the CPU, where shapes and limits are read from them.
+    """
 
     def __init__(
         self, steps: Sequence[Step], constants: Mapping[str, Tensor], picture: str, result: str
@@ -52,22 +55,22 @@ class OnnxNetwork(nn.Module):
         self.picture = picture
         self.steps = _with_last_uses(steps, picture, result)
         used = dict.fromkeys(name for step in self.steps for name in step.inputs)
-        self._whole = {
-            n: t for n, t in constants.items() if n in used and not t.is_floating_point()
-        }
-        floats = [name for name in used if name in constants and name not in self._whole]
+        own = {name: constants[name] for name in used if name in constants}
+        self._numbers = {n: t for n, t in own.items() if not (t.ndim and t.is_floating_point())}
         # names in files can hold dots, names of buffers cannot
-        self._slots = {name: f"constant_{number}" for number, name in enumerate(floats)}
+        names = [name for name in own if name not in self._numbers]
+        self._slots = {name: f"weight_{number}" for number, name in enumerate(names)}
         for name, slot in self._slots.items():
-            self.register_buffer(slot, constants[name])
+            self.register_buffer(slot, own[name])
 
     @property
     def takes_bytes(self) -> bool:
         """Whether the graph takes 0..255 and normalises itself, as files made by MXNet do."""
         first = next((s for s in self.steps if s.kind not in ("Cast", "Identity")), None)
-        if first is None or first.kind != "Sub" or first.inputs[1] not in self._slots:
+        if first is None or first.kind != "Sub":
             return False
-        return bool(self.get_buffer(self._slots[first.inputs[1]]).max() > 1)
+        mean = self._value(first.inputs[1], {})
+        return mean is not None and float(mean.max()) > 1
 
     def forward(self, pictures: Tensor) -> Iterator[Tensor]:
         """Yield every tensor through which all information passes, the result last.
@@ -85,11 +88,9 @@ class OnnxNetwork(nn.Module):
                 yield output
 
     def _value(self, name: str, alive: Mapping[str, Tensor]) -> Tensor | None:
-        if name in alive:
-            return alive[name]
         if name in self._slots:
             return self.get_buffer(self._slots[name])
-        return self._whole[name] if name else None
+        return alive.get(name, self._numbers.get(name))
 
 
 def _with_last_uses(steps: Sequence[Step], picture: str, result: str) -> list[Step]:
@@ -112,18 +113,29 @@ def read_onnx(path: Path, size: int) -> OnnxNetwork:
     graph = _load(path).graph
     picture, result = _ends(path, graph, size)
     _check_operations(path, graph)
-    onnx = _onnx()
+    try:
+        steps, constants = _parts(graph)
+    except MISFITS as error:
+        raise BadWeightsFile(f"{path.name} has a broken part: {error}.", hint=AGAIN) from error
+    _check_values(path, steps, constants, picture, result)
+    return OnnxNetwork(steps, constants, picture, result)
+
+
+def _parts(graph: Any) -> tuple[list[Step], dict[str, Tensor]]:
+    """The steps of a graph, and its constants by name.
+
+    Steps on constants alone are done at once: casts of weights kept in half precision, say.
+    """
+    onnx, steps = _onnx(), []
     constants = {one.name: _tensor(onnx, one) for one in graph.initializer}
-    steps: list[Step] = []
     for node in graph.node:
         attributes = {a.name: _attribute(onnx, a) for a in node.attribute}
         step = Step(node.op_type, attributes, tuple(node.input), node.output[0])
         if all(name in constants or not name for name in step.inputs):
-            constants[step.output] = _folded(path, step, constants)
+            constants[step.output] = step.run([constants.get(name) for name in step.inputs])
         else:
             steps.append(step)
-    _check_values(path, steps, constants, picture, result)
-    return OnnxNetwork(steps, constants, picture, result)
+    return steps, constants
 
 
 def _load(path: Path) -> Any:
@@ -165,7 +177,8 @@ def _ends(path: Path, graph: Any, size: int) -> tuple[str, str]:
         )
     shape = [d.dim_value for d in inputs[0].type.tensor_type.shape.dim]
     wanted = (3, size, size)
-    if len(shape) != 4 or any(a not in (0, b) for a, b in zip(shape[1:], wanted, strict=True)):
+    fits = len(shape) == 4 and all(a in (0, b) for a, b in zip(shape[1:], wanted, strict=True))
+    if shape and not fits:
         found = " x ".join(str(n or "any") for n in shape)
         raise BadWeightsFile(
             f"{path.name} takes {found}, expected pictures of 3 x {size} x {size}.",
@@ -201,19 +214,10 @@ def _check_values(
             )
 
 
-def _folded(path: Path, step: Step, constants: Mapping[str, Tensor]) -> Tensor:
-    """The result of a step on constants only, such as a cast of weights kept in half precision."""
-    try:
-        return step.run([constants.get(name) for name in step.inputs])
-    except MISFITS as error:
-        raise BadWeightsFile(f"{path.name} has a broken {step.kind}: {error}.") from error
-
-
 def _tensor(onnx: Any, proto: Any) -> Tensor:
     """Floats of any width as float32, whole numbers as int64."""
     values = onnx.numpy_helper.to_array(proto)
-    kind = "f" if values.dtype.kind not in "iub" else "i"
-    return torch.from_numpy(values.astype("float32" if kind == "f" else "int64"))
+    return torch.from_numpy(values.astype("int64" if values.dtype.kind in "iub" else "float32"))
 
 
 def _attribute(onnx: Any, attribute: Any) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import BadWeightsFile
 from ..weights_file import read_safetensors
-from .losses import directions
+from .losses import direction_difference
 
 STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 """Numbers of VGG-16's convolutions in torchvision; each stage begins at half the resolution."""
@@ -61,11 +61,12 @@ class Lpips(nn.Module):
 
         LPIPS itself is the sum of their means, five times what `mean_inside` gives.
         """
-        pairs = zip(self.features(ours), self.features(theirs), strict=True)
-        apart = [(directions(a) - directions(b)).square() for a, b in pairs]
+        stages = zip(self.features(ours), self.features(theirs), strict=True)
         return [
-            (self.get_buffer(f"lin_{k}")[:, None, None] * squared).sum(1)
-            for k, squared in enumerate(apart)
+            (self.get_buffer(f"lin_{k}")[:, None, None] * direction_difference(*maps).square()).sum(
+                1
+            )
+            for k, maps in enumerate(stages)
         ]
 
 

@@ -162,7 +162,7 @@ def write(path: Path, nodes: list[Any], weights: dict[str, np.ndarray], **extra:
     shape = extra.get("shape", ["N", 3, 112, 112])
     constants = [
         numpy_helper.from_array(
-            value.astype(np.float32) if value.dtype.kind == "f" else value, name
+            value.astype(np.float32) if value.dtype == np.float64 else value, name
         )
         for name, value in weights.items()
     ]

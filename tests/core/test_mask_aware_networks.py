@@ -103,6 +103,14 @@ def test_nothing_but_the_picture_has_a_gradient() -> None:
     assert not any(p.requires_grad for p in network.parameters())
 
 
+def test_arithmetic_is_in_float32_within_autocast() -> None:
+    network = open_face_network(MINI_FOLDER / "recogniser.safetensors")
+    expected = network(crops())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(network(crops()).embedding, expected.embedding)
+        assert torch.equal(network(crops().half()).embedding, network(crops().half().float())[1])
+
+
 def test_weights_of_ours_that_are_not_finite(tmp_path: Path) -> None:
     tensors, header = read_safetensors(MINI_FOLDER / "recogniser.safetensors")
     tensors["fc.bias"] = torch.full_like(tensors["fc.bias"], torch.nan)

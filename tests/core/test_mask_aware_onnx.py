@@ -50,6 +50,27 @@ def test_opsets(tmp_path: Path, kind: str, opset: int) -> None:
     assert difference(open_face_network(path), path, crops()) < 2e-6
 
 
+def test_a_file_in_half_precision(tmp_path: Path) -> None:
+    """All arithmetic is in float32 all the same."""
+    random = np.random.default_rng(0)
+    weights = {
+        "w": random.normal(size=(4, 3, 3, 3)).astype(np.float16),
+        "fc": random.normal(size=(16, 4 * 28 * 28)).astype(np.float16),
+    }
+    half, single = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+    nodes = [
+        helper.make_node("Cast", ["data"], ["h"], to=half),
+        helper.make_node("Conv", ["h", "w"], ["c"], strides=[4, 4], pads=[0, 0, 1, 1]),
+        helper.make_node("Flatten", ["c"], ["f"]),
+        helper.make_node("Gemm", ["f", "fc"], ["g"], transB=1),
+        helper.make_node("Cast", ["g"], ["out"], to=single),
+    ]
+    path = write(tmp_path / "half.onnx", nodes, weights)
+    network = open_face_network(path)
+    assert difference(network, path, crops()) < 1e-3
+    assert all(b.dtype == torch.float32 for b in network.buffers())
+
+
 @pytest.mark.slow
 def test_a_recogniser_of_real_size(tmp_path: Path) -> None:
     """43.6 million parameters, as w600k_r50.onnx."""
