@@ -37,6 +37,7 @@ STAGES: dict[str, str] = {
     "evaluate-guidance": "training.guidance.stage:run",
     "build-people-dataset": "training.controlnet.people_stage:run",
     "train-controlnet": "training.controlnet.stage:run",
+    "evaluate-controlnet": "training.controlnet.evaluate_stage:run",
     "demo": "training.demo:run",
     "ship": "training.artifacts:ship",
 }

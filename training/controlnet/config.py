@@ -64,6 +64,22 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True)
+class ControlnetEvalConfig:
+    """Stage evaluate-controlnet, on the mini world."""
+
+    portraits: int = 64
+    """Held-out pictures of one person, drawn from the seed."""
+    groups: int = 32
+    """Held-out pictures of two or three people."""
+    seed: int = 0
+    """Draws people, scenes, prompts and painting noise; any seed is a fresh held-out set."""
+    fid_pictures: int = 2000
+    """Freshly drawn portraits that stand for real pictures in fid."""
+    sheet: int = 8
+    """Pictures on the sheet; 0 = no sheet."""
+
+
+@dataclass(frozen=True)
 class ControlnetConfig:
     """Stage train-controlnet: a ControlNet without a hint that sees x_t, t and the prompt."""
 
@@ -106,6 +122,8 @@ class ControlnetConfig:
     """Classifier-free guidance scale of a picture."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """The loss of the variant mask_aware."""
+    evaluation: ControlnetEvalConfig = field(default_factory=ControlnetEvalConfig)
+    """What is measured of `variants` and `seeds`."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(steps=6000, lr=2e-4, warmup=200, ema=0.999)
     )
