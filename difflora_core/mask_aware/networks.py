@@ -48,8 +48,7 @@ class FaceNetwork(nn.Module):
         self.name, self.size = name, TEMPLATE_SIZE
         self.scale, self.shift = (255.0, 0.0) if takes_bytes else (2.0, -1.0)
         self.trunk = trunk.float().eval().requires_grad_(False)
-        self._check()
-        self.batched = self._takes_batches()
+        self.batched = self._checked()
 
     def forward(self, crops: Tensor) -> FaceActivations:
         """Aligned crops [N, 3, 112, 112] in 0..1, N >= 0 -> maps and embedding. Differentiable."""
@@ -74,31 +73,32 @@ class FaceNetwork(nn.Module):
                     maps[passed.shape[-1]] = passed
         return FaceActivations(tuple(maps.values()), F.normalize(passed.flatten(1), dim=-1))
 
-    def _check(self) -> None:
-        """Errors: BadWeightsFile unless a crop has a finite embedding."""
-        try:
-            embedding = self._trial(1)
-        except MISFITS as error:
-            reason = str(error).splitlines()[0].rstrip(".")
-            raise BadWeightsFile(f"{self.name} cannot be run: {reason}.", hint=HINT) from error
-        if len(embedding) != 1 or embedding.shape[1] < 2:
+    def _checked(self) -> bool:
+        """Whether crops can be looked at together. Errors: BadWeightsFile without embeddings."""
+        together = self._trial(2)
+        count = 2 if len(together) == 2 else 1
+        embedding = together if count == 2 else self._trial(1)
+        rows, width = embedding.shape
+        if rows != count or width < 2:
             raise BadWeightsFile(
-                f"{self.name} gives {tuple(embedding.shape)} for a crop, expected an embedding.",
+                f"{self.name} gives {rows} x {width} numbers for {count} crops, expected an "
+                "embedding each.",
                 hint=HINT,
             )
         if not is_finite(embedding):
             raise BadWeightsFile(f"{self.name} gives numbers that are not finite.", hint=HINT)
-
-    def _takes_batches(self) -> bool:
-        """Whether the file was made for more than one crop at a time."""
-        try:
-            return len(self._trial(2)) == 2
-        except MISFITS:
-            return False
+        return count == 2
 
     @torch.no_grad()
     def _trial(self, count: int) -> Tensor:
-        return self._look(torch.full((count, 3, self.size, self.size), 0.5)).embedding
+        """Embeddings of grey crops; none where a file takes one crop but not several."""
+        try:
+            return self._look(torch.full((count, 3, self.size, self.size), 0.5)).embedding
+        except MISFITS as error:
+            if count > 1:
+                return torch.zeros(0)
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise BadWeightsFile(f"{self.name} cannot be run: {reason}.", hint=HINT) from error
 
 
 def _without_autocast(device: str) -> AbstractContextManager[object]:
