@@ -4,9 +4,13 @@ A face network (`open_face_network`) and a decoder see what an estimate shows; `
 with what is wanted; `Guide` follows the gradient while sampling, training minimises `combine`.
 """
 
+from .decoders import Decoder, FastDecoder, ModuleDecoder
+from .guidance import GuidanceSettings, Guide
 from .losses import (
     PRESETS,
+    Preset,
     Term,
+    TermName,
     Weights,
     combine,
     face_distance,
@@ -17,14 +21,24 @@ from .losses import (
 from .networks import FaceActivations, FaceNetwork, open_face_network
 from .pairing import FlatFaces, assign
 from .perceptual import Lpips, open_lpips
+from .window import WINDOWS, SigmaWindow
 
 __all__ = [
     "PRESETS",
+    "WINDOWS",
+    "Decoder",
     "FaceActivations",
     "FaceNetwork",
+    "FastDecoder",
     "FlatFaces",
+    "GuidanceSettings",
+    "Guide",
     "Lpips",
+    "ModuleDecoder",
+    "Preset",
+    "SigmaWindow",
     "Term",
+    "TermName",
     "Weights",
     "assign",
     "combine",

@@ -6,7 +6,7 @@ stages and a unit embedding; the normalisation that it was trained with is insid
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
@@ -63,6 +63,11 @@ class FaceNetwork(nn.Module):
     def embed(self, images: Tensor, landmarks: Tensor) -> Tensor:
         """Pictures [N, 3, H, W] in 0..1, landmarks [N, 5, 2] in pixels -> unit [N, D]."""
         return self(align(images, landmarks, self.size)).embedding
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FaceNetwork:
+        """Moved to a device within inference mode, weights would lose the way to gradients."""
+        with torch.inference_mode(False):
+            return super()._apply(fn, recurse)
 
     def _look(self, crops: Tensor) -> FaceActivations:
         maps: dict[int, Tensor] = {}

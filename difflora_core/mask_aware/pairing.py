@@ -53,7 +53,10 @@ class FlatFaces:
         return align(images[self.picture.to(images.device)], self.landmarks, size)
 
     def per_picture(self, values: Tensor) -> Term:
-        """The mean of what is known of faces, [N], over each picture's own; absent without any."""
+        """The mean of values [N] over the faces of each picture; absent where it has none.
+
+        The original sums them, so that a crowd outweighs everything else.
+        """
         picture = self.picture.to(values.device)
         sums = values.new_zeros(self.pictures).index_add(0, picture, values)
         counts = torch.bincount(picture, minlength=self.pictures)

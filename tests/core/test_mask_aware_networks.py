@@ -51,10 +51,15 @@ def test_one_normalisation_for_every_network_would_blind_some(tmp_path: Path) ->
     assert float(one @ other) < 0.99
 
 
-def test_opened_in_inference_mode_it_still_has_gradients(tmp_path: Path) -> None:
-    path = exported("mobile", tmp_path)
+@pytest.mark.parametrize("kind", ["ours", "onnx"])
+def test_opened_and_moved_in_inference_mode_it_still_has_gradients(
+    tmp_path: Path, kind: str
+) -> None:
+    ours = MINI_FOLDER / "recogniser.safetensors"
+    path = ours if kind == "ours" else exported("mobile", tmp_path)
     with torch.inference_mode():
         network = open_face_network(path)
+        network.double().float()  # new tensors, as when moved to another device
         with torch.inference_mode(False), torch.enable_grad():
             pictures = crops().requires_grad_(True)
             network(pictures).embedding.sum().backward()
