@@ -106,7 +106,8 @@ def landmarks_of_boxes(boxes: Tensor) -> Tensor:
 def mask_parts(mask: Tensor, most: int) -> Tensor:
     """Boxes [K, 4] in pixels around the separate areas of a mask [H, W], from left to right.
 
-    At most `most` of them, the largest; areas that touch count as one.
+    At most `most` of them, the largest; areas that touch count as one. Each ends where the mask
+    falls to half of its peak there, so that a soft edge moves nothing.
     """
     coarse = max(1, round(max(mask.shape) / PART_GRID))
     grid = F.max_pool2d((mask > 0).float()[None], coarse, ceil_mode=True)[0].cpu() > 0
@@ -130,12 +131,12 @@ def _areas(grid: Tensor) -> list[list[tuple[int, int]]]:
 
 
 def _box_around(mask: Tensor, area: list[tuple[int, int]], coarse: int) -> list[float]:
-    """Of the mask's pixels within some cells."""
-    pixels = torch.zeros_like(mask, dtype=torch.bool)
+    """Of the mask's pixels within some cells that reach half of the highest among them."""
+    pixels = torch.zeros_like(mask)
     for y, x in area:
         cell = (slice(y * coarse, (y + 1) * coarse), slice(x * coarse, (x + 1) * coarse))
-        pixels[cell] = mask[cell] > 0
-    y, x = pixels.nonzero(as_tuple=True)
+        pixels[cell] = mask[cell]
+    y, x = (pixels >= 0.5 * pixels.max()).nonzero(as_tuple=True)
     return [float(x.min()), float(y.min()), float(x.max()) + 1, float(y.max()) + 1]
 
 

@@ -16,6 +16,9 @@ from ..weights_file import read_safetensors
 
 Built = TypeVar("Built")
 
+ENCODERS = ("encoder.", "quant_conv.", "taesd_encoder.")
+"""Parts of a VAE, in diffusers' and ComfyUI's names, that decoding has no use for."""
+
 
 @runtime_checkable
 class Decoder(Protocol):
@@ -156,7 +159,7 @@ class ModuleDecoder:
         method: str = "decode",
     ) -> None:
         self.upscale = upscale
-        self._frozen = frozen_clone(module, method)
+        self._frozen = frozen_clone(module, method, without=ENCODERS)
         self._to_vae = to_vae
         self._stages = _up_stages(module)
 
@@ -183,6 +186,11 @@ class ModuleDecoder:
         """Move the private weights; the module itself stays where it is."""
         self._frozen.to(device)
         return self
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the private weights."""
+        return self._frozen.bytes
 
 
 class FrozenClone:
@@ -218,19 +226,24 @@ class _Caller(nn.Module):
 
 
 def frozen_clone(
-    module: nn.Module, method: str = "__call__", dtype: torch.dtype = torch.float32
+    module: nn.Module,
+    method: str = "__call__",
+    dtype: torch.dtype = torch.float32,
+    without: tuple[str, ...] = (),
 ) -> FrozenClone:
     """A module's method as a callable on private copies of its parameters and buffers.
 
     ComfyUI loads weights inside inference mode, and autograd refuses to keep such tensors for the
     backward pass. Copies made outside it are ordinary tensors, whatever the dtypes; they need no
-    gradient themselves. The module's own weights are never touched.
+    gradient themselves. The module's own weights are never touched. Parts whose names start with
+    one of `without` are not copied: the method must not need them.
     """
     with torch.inference_mode(False):
         tensors = {
             name: _copied(tensor, dtype)
             for part in (module.named_parameters(), module.named_buffers())
             for name, tensor in part
+            if not name.startswith(without)
         }
     return FrozenClone(module, method, tensors)
 

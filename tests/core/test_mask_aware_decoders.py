@@ -115,3 +115,11 @@ def test_clones_are_private() -> None:
         module.weight.mul_(0)
     assert torch.equal(frozen(torch.ones(1, 2)), before)
     assert not before.requires_grad
+
+
+def test_the_encoder_is_not_copied() -> None:
+    vae = small_vae()
+    decoder = ModuleDecoder(vae, lambda latents: latents, upscale=2)
+    used = [vae.decoder, vae.post_quant_conv]
+    count = sum(parameter.numel() for part in used for parameter in part.parameters())
+    assert decoder.bytes == 4 * count
