@@ -7,6 +7,9 @@ from comfy_api.latest import ComfyExtension, io
 from . import (
     encode,
     example,
+    face_mask,
+    guidance,
+    guidance_report,
     host,
     loaders,
     lora_files,
@@ -17,7 +20,20 @@ from . import (
     score,
 )
 
-MODULES = (mini_model, example, loaders, encode, predict, personalize, lora_files, merge, score)
+MODULES = (
+    mini_model,
+    example,
+    loaders,
+    encode,
+    predict,
+    personalize,
+    lora_files,
+    merge,
+    face_mask,
+    guidance,
+    guidance_report,
+    score,
+)
 
 
 class DiffLoRAExtension(ComfyExtension):

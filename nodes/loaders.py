@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from comfy_api.latest import io
 
 from ..difflora_core.face import FaceEncoder, find_pack
@@ -16,12 +18,17 @@ OWN_FORMAT = "from the file"
 ARCHITECTURES = [OWN_FORMAT, "ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-H-14", "ViT-bigG-14"]
 
 
-def open_face_encoder(pack: str, provider: str = "CPU") -> FaceEncoder:
-    """The face pack of that name, from the first of ComfyUI's folders that holds it."""
+def face_pack_root(pack: str) -> Path:
+    """The first of ComfyUI's folders that holds `models/PACK`. Errors: BadWeightsFile."""
     roots = host.insightface_roots()
     root = next((r for r in roots if (r / "models" / pack).is_dir()), roots[-1])
     find_pack(root, pack)
-    return FaceEncoder.open(root, pack, (PROVIDERS[provider],))
+    return root
+
+
+def open_face_encoder(pack: str, provider: str = "CPU") -> FaceEncoder:
+    """The face pack of that name, from the first of ComfyUI's folders that holds it."""
+    return FaceEncoder.open(face_pack_root(pack), pack, (PROVIDERS[provider],))
 
 
 class LoadPredictor(io.ComfyNode):

@@ -30,7 +30,7 @@ from ..difflora_core.merging import (
     spectrum_picture,
 )
 from . import host, lora_models, sockets
-from .sockets import CATEGORY
+from .sockets import CATEGORY, advanced
 
 EXACT = "exact"
 SIZES = {
@@ -41,15 +41,6 @@ SIZES = {
     "megabytes": lambda amount: RankRule(megabytes=amount),
 }
 AS_GIVEN = 0
-
-
-def advanced(widget: io.Input) -> io.Input:
-    """The input, hidden until it is asked for by editors that can do so (ComfyUI 0.10 and newer).
-
-    Set afterwards, since older versions refuse the argument.
-    """
-    widget.advanced = True
-    return widget
 
 
 def size_inputs(default: str, amount: float) -> list[io.Input]:

@@ -1,4 +1,4 @@
-"""Socket types: core's own where they exist, three of ours, and the shared name of face packs."""
+"""Socket types: core's own where they exist, four of ours, and the shared name of face packs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ CATEGORY = "DiffLoRA"
 Predictor = io.Custom("DIFFLORA_PREDICTOR")
 Features = io.Custom("DIFFLORA_FEATURES")
 ImageEncoder = io.Custom("DIFFLORA_IMAGE_ENCODER")
+Guidance = io.Custom("DIFFLORA_GUIDANCE")
 # Core's "Load LoRA Model" takes this type: a state dict in kohya's names.
 LoraModel = io.Custom("LORA_MODEL")
 # Packs disagree on the name for insightface's FaceAnalysis; we put out the commonest one.
@@ -22,6 +23,15 @@ _FACE_TYPES = [FaceAnalysis, io.Custom("INSIGHTFACE"), io.Custom("ANALYSIS_MODEL
 def face_encoder_input(tooltip: str, *, optional: bool = False) -> io.Input:
     """An input that takes the face analysis models of any pack."""
     return io.MultiType.Input("face_encoder", _FACE_TYPES, optional=optional, tooltip=tooltip)
+
+
+def advanced(widget: io.Input) -> io.Input:
+    """The input, hidden until it is asked for by editors that can do so (ComfyUI 0.10 and newer).
+
+    Set afterwards, since older versions refuse the argument.
+    """
+    widget.advanced = True
+    return widget
 
 
 _MOST_LORAS = 16

@@ -14,6 +14,7 @@ EXPECTED = {
     "LoadMiniModel", "LoadPredictor", "LoadFaceEncoder", "LoadImageEncoder", "EncodeFaceFeatures",
     "SaveFaceFeatures", "LoadFaceFeatures", "PredictLora", "Personalize", "LoadLoraFile",
     "SaveLora", "Likeness", "ExamplePhoto", "MergeLoRAs", "CompareLoRAs", "ResizeLoRA",
+    "MaskAwareGuidance", "GuidanceReport", "FaceMask",
 }  # fmt: skip
 
 

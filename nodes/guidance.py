@@ -1,0 +1,201 @@
+"""Mask-Aware Guidance: a model whose samplers lead faces towards a person."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..difflora_core.features import Features
+from ..difflora_core.mask_aware.guidance import GuidanceSettings
+from ..difflora_core.mask_aware.references import check_person, reference_embeddings
+from ..difflora_core.mask_aware.run_log import GuidanceLog
+from ..difflora_core.mask_aware.window import WINDOWS
+from . import host, sockets
+from .guided_sampling import CUSTOM, GuidedSampling, WindowChoice
+from .guiding_networks import fast_decoder, guiding_faces
+from .sockets import CATEGORY, advanced
+
+FAST, FULL = "fast, if there is one", "VAE"
+DEFAULTS = GuidanceSettings()
+
+
+class MaskAwareGuidance(io.ComfyNode):
+    """MODEL, VAE, a person -> MODEL, DIFFLORA_GUIDANCE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiffLoRA_MaskAwareGuidance",
+            display_name="Mask-Aware Guidance",
+            category=CATEGORY,
+            description="Leads the faces of a picture towards a person while it is painted, "
+            "without a LoRA and without training. Nothing outside the faces, or outside the mask, "
+            "is touched.",
+            inputs=[*link_inputs(), *strength_inputs(), *window_inputs(), *care_inputs()],
+            outputs=[
+                io.Model.Output(display_name="MODEL", tooltip="The guided model, for a KSampler."),
+                sockets.Guidance.Output(
+                    display_name="guidance", tooltip="What guidance does, for Guidance Report."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        vae: Any,
+        strength: float,
+        window: str,
+        start: float,
+        end: float,
+        decoder: str,
+        when_lost: str,
+        iterations: int,
+        smoothing: float,
+        features: Features | None = None,
+        reference: Tensor | None = None,
+        face_encoder: Any = None,
+        mask: Tensor | None = None,
+    ) -> io.NodeOutput:
+        check_person(features, reference is not None)
+        faces = guiding_faces(face_encoder, features, mask)
+        pictures = [] if reference is None else host.to_pixels([reference])
+        wanted = reference_embeddings(faces.network, faces.name, features, pictures, faces.finder)
+        settings = GuidanceSettings(
+            strength, iterations=iterations, smoothing=smoothing, when_lost=when_lost
+        )
+        fast = fast_decoder(model.model.latent_format) if decoder == FAST else None
+        log, when = GuidanceLog(), WindowChoice(window, start, end)
+        guided = GuidedSampling(
+            faces.network, wanted, settings, when, vae, fast, faces.finder, to_mask(mask), log
+        )
+        return io.NodeOutput(guided.applied(model), log)
+
+
+def to_mask(mask: Tensor | None) -> Tensor | None:
+    """A MASK of any form as [B, H, W] in 0..1."""
+    if mask is None:
+        return None
+    return mask.float().reshape(-1, *mask.shape[-2:]).nan_to_num().clamp(0, 1)
+
+
+def link_inputs() -> list[io.Input]:
+    """The sockets."""
+    return [
+        io.Model.Input("model", tooltip="The model to guide; with or without LoRAs."),
+        io.Vae.Input("vae", tooltip="Its VAE, to see the face while it is painted."),
+        sockets.Features.Input(
+            "features", optional=True, tooltip="The person, from Encode Face Features."
+        ),
+        io.Image.Input(
+            "reference",
+            optional=True,
+            tooltip="Instead of features: a picture of the person. Every face in it is one to "
+            "resemble; faces that are painted go to those they are most like.",
+        ),
+        sockets.face_encoder_input(
+            "Finds the faces and judges them. Without one, the encoder that the features name.",
+            optional=True,
+        ),
+        io.Mask.Input(
+            "mask",
+            optional=True,
+            tooltip="Where faces may change. Without a face encoder it also says where they are: "
+            "one separate area per face, from left to right.",
+        ),
+    ]
+
+
+def strength_inputs() -> list[io.Input]:
+    """How far."""
+    return [
+        io.Float.Input(
+            "strength",
+            default=DEFAULTS.strength,
+            min=0.0,
+            max=20.0,
+            step=0.1,
+            tooltip="Length of each step, in units of what CFG does. More resembles more, until "
+            "it looks like a mask.",
+        )
+    ]
+
+
+def window_inputs() -> list[io.Input]:
+    """When."""
+    return [
+        io.Combo.Input(
+            "window",
+            options=[*WINDOWS, CUSTOM],
+            default="identity",
+            tooltip="When to guide. identity: the middle of the run, where the face takes shape. "
+            "detail: its end. paper: the last steps, t < 100, as published. custom: from start to "
+            "end, below.",
+        ),
+        advanced(
+            io.Float.Input(
+                "start",
+                default=0.2,
+                min=0.0,
+                max=1.0,
+                step=0.01,
+                tooltip="For custom: the share of the run at which guidance starts.",
+            )
+        ),
+        advanced(
+            io.Float.Input(
+                "end",
+                default=0.8,
+                min=0.0,
+                max=1.0,
+                step=0.01,
+                tooltip="For custom: the share of the run at which it ends.",
+            )
+        ),
+    ]
+
+
+def care_inputs() -> list[io.Input]:
+    """How carefully."""
+    return [
+        io.Combo.Input(
+            "decoder",
+            options=[FAST, FULL],
+            default=FAST,
+            tooltip="What turns latents into the face that is judged: TAESD from models/vae_approx "
+            "takes a fraction of the time and memory; the VAE sees more exactly.",
+        ),
+        io.Combo.Input(
+            "when_lost",
+            options=["hold", "skip", "error"],
+            default=DEFAULTS.when_lost,
+            tooltip="When a face is no longer found: hold goes on where it was, skip leaves the "
+            "step alone, error stops.",
+        ),
+        advanced(
+            io.Int.Input(
+                "iterations",
+                default=DEFAULTS.iterations,
+                min=1,
+                max=8,
+                tooltip="Looks per step; together they go as far as one. Each takes its time.",
+            )
+        ),
+        advanced(
+            io.Float.Input(
+                "smoothing",
+                default=DEFAULTS.smoothing,
+                min=0.0,
+                max=1.0,
+                step=0.01,
+                tooltip="Noise on what is looked at, against details that please the recogniser "
+                "only; 0.1 is much.",
+            )
+        ),
+    ]
+
+
+NODES = [MaskAwareGuidance]

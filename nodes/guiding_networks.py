@@ -1,0 +1,109 @@
+"""What guidance looks through: a recogniser with gradients, a detector, a fast decoder."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import folder_paths
+import torch
+from torch import Tensor
+
+from ..difflora_core.errors import BadWeightsFile, DiffLoRAError
+from ..difflora_core.face import FaceEncoder, find_pack
+from ..difflora_core.features import Features
+from ..difflora_core.mask_aware.decoders import FastDecoder
+from ..difflora_core.mask_aware.networks import FaceNetwork, open_face_network
+from ..difflora_core.mask_aware.tracking import Finder
+from . import host, loaders
+from .score import DRAWN_PACK
+
+RECOGNISER_FILE = "recogniser.safetensors"
+
+
+class GuidingFaces(NamedTuple):
+    """What sees faces while a picture is painted."""
+
+    name: str
+    """The face encoder's."""
+    network: FaceNetwork
+    """Its recogniser, with gradients."""
+    finder: Finder | None
+    """Its detector; None where a mask says where faces are."""
+
+
+def guiding_faces(
+    face_encoder: Any, features: Features | None, mask: Tensor | None
+) -> GuidingFaces:
+    """From the connected face encoder, or from the one that the features name.
+
+    With features and a mask nothing has to be found, so no detector is opened. Errors:
+    DiffLoRAError, BadWeightsFile.
+    """
+    if face_encoder is not None:
+        encoder = FaceEncoder.wrap(face_encoder)
+        return GuidingFaces(encoder.name, open_network(recogniser_of(encoder)), encoder.faces)
+    name = features.face_encoder if features else ""
+    if not name:
+        raise DiffLoRAError(
+            "Guidance does not know which recogniser to follow.",
+            hint="Connect a face encoder, for example from Load Face Encoder.",
+        )
+    if mask is not None:
+        return GuidingFaces(name, network_of_pack(name), None)
+    return guiding_faces(loaders.open_face_encoder(name).analysis, features, mask)
+
+
+def recogniser_of(encoder: FaceEncoder) -> Path:
+    """The file of an encoder's recogniser that has gradients. Errors: DiffLoRAError."""
+    if encoder.name == DRAWN_PACK:
+        return host.model_path(host.SHIPPED, RECOGNISER_FILE)
+    file = getattr(encoder.analysis.models["recognition"], "model_file", None)
+    if file is None:
+        raise DiffLoRAError(
+            f"The connected {type(encoder.analysis).__name__} does not say which file its "
+            "recogniser is in.",
+            hint="Use our Load Face Encoder, or InsightFace's own FaceAnalysis.",
+        )
+    return Path(file)
+
+
+def network_of_pack(name: str) -> FaceNetwork:
+    """The recogniser of a face pack, told from its other networks by its form."""
+    if name == DRAWN_PACK:
+        return open_network(host.model_path(host.SHIPPED, RECOGNISER_FILE))
+    folder = find_pack(loaders.face_pack_root(name), name)
+    for path in sorted(folder.glob("*.onnx")):
+        try:
+            return open_network(path)
+        except BadWeightsFile:  # a detector, or landmarks: packs hold several networks
+            continue
+    raise BadWeightsFile(
+        f"None of the ONNX files in {folder} is a face recogniser.",
+        hint="Unpack the face pack again, or connect a face encoder.",
+    )
+
+
+def open_network(path: Path) -> FaceNetwork:
+    """A face network; the last one stays open, since big ones take seconds to read."""
+    return _opened(path, host.file_state(path))
+
+
+@lru_cache(maxsize=1)
+def _opened(path: Path, state: str) -> FaceNetwork:
+    return open_face_network(path)
+
+
+def fast_decoder(latents: Any) -> FastDecoder | None:
+    """TAESD for a model's latents from models/vae_approx, if it is there. Errors: BadWeightsFile.
+
+    Only as safetensors: pickled files (.pth) are passed over.
+    """
+    name = latents.taesd_decoder_name
+    path = folder_paths.get_full_path("vae_approx", f"{name}.safetensors") if name else None
+    if path is None:
+        return None
+    # autograd refuses weights that were made in inference mode
+    with torch.inference_mode(False):
+        return FastDecoder.open(path)
