@@ -1,4 +1,4 @@
-"""`python -m benchmarks NAME --json OUT`; NAME is predict, factory, merge or all."""
+"""`python -m benchmarks NAME --json OUT`; NAME is predict, factory, merge, guidance or all."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from pathlib import Path
 
 import torch
 
-from . import factory, merge, predict
+from . import factory, guidance, merge, predict
 from .measuring import Case
 
-BENCHMARKS = {"predict": predict.run, "factory": factory.run, "merge": merge.run}
+BENCHMARKS = {
+    "predict": predict.run,
+    "factory": factory.run,
+    "merge": merge.run,
+    "guidance": guidance.run,
+}
 
 
 def main() -> None:
@@ -45,7 +50,9 @@ def markdown(results: list[Case]) -> str:
     lines = ["| benchmark | seconds | peak MB | peer's time / ours |", "|---|---|---|---|"]
     for case in results:
         ratio = ", ".join(f"{peer} {value:.2f}" for peer, value in case["ratio"].items())
-        lines.append(f"| {case['name']} | {case['seconds']:.3f} | {case['peak_mb']} | {ratio} |")
+        added = "" if case["overhead"] is None else f", adds {case['overhead']:.1%} to a step"
+        facts = f"{case['seconds']:.3f} | {case['peak_mb']} | {ratio}{added}"
+        lines.append(f"| {case['name']} | {facts} |")
     return "\n".join(lines) + "\n"
 
 

@@ -20,14 +20,16 @@ def in_own_process(run: Callable[[], Case]) -> Case:
         return worker.submit(_with_peak, run).result()
 
 
-def alternate(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+def alternate(
+    sides: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: bool = True
+) -> dict[str, float]:
     """Median seconds of each side; one unmeasured round, then the sides in turn."""
     times: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(rounds + 1):
+    for number in range(rounds + warm_up):
         for name, run in sides.items():
             begin = time.perf_counter()
             run()
-            if number:
+            if number >= warm_up:
                 times[name].append(time.perf_counter() - begin)
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 

@@ -1,0 +1,201 @@
+"""What mask-aware guidance adds to a step of SD 1.5 and SDXL, in time, operations and memory.
+
+Weights are random, the sizes are the real ones: a classifier-free-guidance step of the U-Net, and
+one call of the guide on one face that fills a quarter of the picture's width, with ArcFace's R50.
+`crop-taesd` decodes a window with TAESD, `crop-vae` with Stable Diffusion's own VAE, and `full`
+differentiates through the U-Net and the whole VAE, as DPS does. Memory is that of the tensors
+that autograd keeps for the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from difflora_core.mask_aware.decoders import Decoder, FastDecoder, ModuleDecoder
+from difflora_core.mask_aware.full_guidance import guide_through
+from difflora_core.mask_aware.guidance import GuidanceSettings, Guide
+from difflora_core.mask_aware.networks import Chain, FaceNetwork
+from difflora_core.recogniser import IResNet, IResNetConfig
+
+from .measuring import Case, alternate, case, in_own_process
+from .predict import SDXL
+
+#: runwayml/stable-diffusion-v1-5, unet/config.json, where it differs from the defaults
+SD15: dict[str, Any] = {
+    "sample_size": 64,
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+#: stabilityai/sd-vae-ft-mse, config.json, where it differs from the defaults
+VAE: dict[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+}
+#: ArcFace's R50
+R50 = IResNetConfig(
+    stem=64, stem_stride=1, widths=(64, 128, 256, 512), layers=(3, 4, 14, 3), embedding=512
+)
+ROUNDS = {"sd15": 3, "sdxl": 1}
+SIGMA, CFG = 1.0, 7.0
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Model:
+    """A denoiser with everything that it takes beside the latents."""
+
+    unet: nn.Module
+    context: Tensor
+    extra: dict[str, Tensor]
+    size: int
+    """side of the latents"""
+
+    @classmethod
+    def random(cls, name: str, device: str) -> Model:
+        config: dict[str, Any] = SD15 if name == "sd15" else SDXL
+        build: Any = UNet2DConditionModel  # its decorated methods do not survive a type checker
+        unet = build(**config).eval().requires_grad_(False).to(device)
+        context = torch.randn(2, 77, config["cross_attention_dim"], device=device)
+        extra = {}
+        if name == "sdxl":
+            embeds, times = torch.randn(2, 1280), torch.zeros(2, 6)
+            extra = {"text_embeds": embeds.to(device), "time_ids": times.to(device)}
+        return cls(unet, context, extra, config["sample_size"])
+
+    def denoise(self, noisy: Tensor) -> Tensor:
+        """The estimate of x_0 after classifier-free guidance, [1, 4, h, w]."""
+        t = torch.tensor(500, device=noisy.device)
+        extra = {"added_cond_kwargs": self.extra} if self.extra else {}
+        pair = torch.cat([noisy, noisy])
+        both = self.unet(pair, t, self.context, **extra).sample
+        wanted, plain = both.chunk(2)
+        return noisy - SIGMA * (plain + CFG * (wanted - plain))
+
+
+def run() -> list[Case]:
+    cases = [in_own_process(partial(measured, "sd15", mode)) for mode in MODES]
+    return [*cases, in_own_process(partial(measured, "sdxl", "crop-taesd"))]
+
+
+@torch.no_grad()
+def measured(name: str, mode: str) -> Case:
+    """One guided step beside one plain step; `overhead` is what guidance adds to it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, guide = Model.random(name, device), make_guide(mode, device, name)
+    noisy = torch.randn(1, 4, model.size, model.size, device=device)
+    x0, direction = torch.randn_like(noisy), torch.randn_like(noisy)
+    if mode == "full":
+        added = partial(guide_through, guide, model.denoise, noisy, x0, direction, CFG, SIGMA)
+    else:
+        added = partial(guide.guide, x0, direction, CFG, SIGMA)
+    step = partial(model.denoise, noisy)
+    sides = {"ours": finished(added, device), "cfg_step": finished(step, device)}
+    plain, extra = operations(sides["cfg_step"]), operations(sides["ours"])  # warms up, too
+    seconds = alternate(sides, ROUNDS[name], warm_up=False)
+    return case(
+        f"guidance/{name}/{mode}",
+        seconds,
+        overhead=seconds["ours"] / seconds["cfg_step"],
+        operations_overhead=extra / plain,
+        kept_gb=kept_bytes(sides["ours"]) / GB,
+    )
+
+
+def finished(run: Callable[[], object], device: str) -> Callable[[], object]:
+    """The same call, waiting until the device has done its work."""
+
+    def wait() -> object:
+        result = run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return result
+
+    return wait
+
+
+def make_guide(mode: str, device: str, name: str) -> Guide:
+    """A guide for a face a quarter as wide as the picture, in its upper middle."""
+    pixels = 512 if name == "sd15" else 1024
+    middle, half = pixels // 2, pixels // 8
+    mask = torch.zeros(1, pixels, pixels)
+    top = pixels // 4
+    mask[:, top : top + 5 * half // 2, middle - half : middle + half] = 1
+    network = FaceNetwork("r50", random_r50()).to(device)
+    references = torch.randn(1, R50.embedding)
+    return Guide(MODES[mode](device), network, references, GuidanceSettings(), mask=mask)
+
+
+def random_r50() -> Chain:
+    net = IResNet(R50)
+    stem = (net.conv1, net.bn1, net.prelu)
+    flat = nn.Flatten()
+    return Chain(*stem, *net.blocks, net.bn2, flat, net.fc, net.features)
+
+
+def fast(device: str) -> Decoder:
+    return FastDecoder().requires_grad_(False).to(device)
+
+
+def whole(device: str) -> Decoder:
+    vae: Any = AutoencoderKL(**VAE).eval().requires_grad_(False)
+    return ModuleDecoder(vae, lambda latents: latents / 0.18215).to(torch.device(device))
+
+
+MODES: dict[str, Callable[[str], Decoder]] = {
+    "crop-taesd": fast,
+    "crop-vae": whole,
+    "full": whole,
+}
+
+
+class Operations(TorchDispatchMode):
+    """Counts multiplications and additions; unlike FlopCounterMode, of autograd.grad too."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if count := flop_registry.get(func._overloadpacket):
+            self.total += count(*args, **kwargs, out_val=result)
+        return result
+
+
+def operations(run: Callable[[], object]) -> int:
+    """Of convolutions, matrix products and attention, backward passes included."""
+    with Operations() as counter:
+        run()
+    return counter.total
+
+
+def kept_bytes(run: Callable[[], object]) -> int:
+    """Bytes of the tensors that autograd keeps for the backward pass, weights left out."""
+    with counted_storages() as storages:
+        run()
+    return sum(storages.values())
+
+
+@contextmanager
+def counted_storages() -> Iterator[dict[int, int]]:
+    storages: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.grad_fn is not None or tensor.requires_grad:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield storages
