@@ -94,7 +94,8 @@ def _opened(kind: Any, folder: Path, part: str, device: torch.device) -> Any:
         module: nn.Module = kind.from_pretrained(folder / part, local_files_only=True)
     except (OSError, ValueError) as error:
         raise DiffLoRAError(f"{folder / part} cannot be opened: {error}") from error
-    return module.to(device, torch.float32).requires_grad_(False).eval()
+    # diffusers' own `to` warns of a change of dtype even where there is none
+    return nn.Module.to(module, device, torch.float32).requires_grad_(False).eval()
 
 
 def _check_schedule(path: Path) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from difflora_core.config import to_dict
-from difflora_core.errors import BadConfig, DiffLoRAError
+from difflora_core.errors import BadConfig
 
 from ..artifacts import MissingArtifact
 from ..config import Config
@@ -97,8 +97,6 @@ def run(config: Config, folder: RunFolder) -> None:
         lines[name] = painted[0].repainted
         write(config, folder, rows, skipped)
         logger.info("%s: %.0f s", name, time.monotonic() - begin)
-    if len(rows) == 1:
-        raise DiffLoRAError("No row could be evaluated.", hint=" ".join(skipped.values()))
     if config.controlnet.evaluation.sheet:
         shown = {k: v[: config.controlnet.evaluation.sheet] for k, v in lines.items()}
         save_sheet(folder.path / "sheet.png", shown)

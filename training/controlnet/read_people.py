@@ -82,7 +82,8 @@ class ReadPeople:
         return [self.workers.submit(self.read, p, random.Random(r)) for p, r in chosen]
 
     def read(self, picture: Picture, rng: random.Random | None) -> Example:
-        """One picture, cropped to a square; without `rng` the middle one and the first caption.
+        """One picture, cropped to a square; without `rng` the one around the largest person, and
+        the first caption.
 
         Errors: BadImage.
         """
@@ -138,9 +139,10 @@ def choose_square(picture: Picture, resolution: int, rng: random.Random | None) 
 
 def _choose_start(length: int, side: int, middle: float, rng: random.Random | None) -> int:
     """First pixel of a stretch of `side` pixels out of `length` that holds `middle`."""
+    if rng is None:
+        return min(max(int(middle) - side // 2, 0), length - side)
     last = min(length - side, max(int(middle), 0))
-    first = min(max(0, int(middle) - side + 1), last)
-    return rng.randint(first, last) if rng else (first + last) // 2
+    return rng.randint(min(max(0, int(middle) - side + 1), last), last)
 
 
 def _faces(

@@ -1,0 +1,212 @@
+"""The ControlNet without a hint: timesteps, variants, the network itself, and its loss."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import ControlNetModel
+from torch import Tensor
+
+from difflora_core.errors import BadConfig, LayoutMismatch
+from tests.training.controlnet_world import inputs, randomised, world
+from training.base.models import NOISE_SCHEDULE
+from training.controlnet import stage
+from training.controlnet.base_model import BaseModel, open_base
+from training.controlnet.batches import PeopleBatch
+from training.controlnet.config import ObjectiveConfig
+from training.controlnet.control import new_control, predict_noise, with_hint
+from training.controlnet.export import comfyui_tensors
+from training.controlnet.objective import draw_steps, objective_of
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    return open_base(world(tmp_path_factory.mktemp("world")))
+
+
+@pytest.mark.parametrize(("share", "last"), [(0.4, 100), (0.4, 400), (0.7, 250), (0.0, 100)])
+def test_weighted_timesteps_have_the_mean_of_uniform_ones(share: float, last: int) -> None:
+    torch.manual_seed(0)
+    count = 400_000
+    t, weight = draw_steps(count, ObjectiveConfig(share=share, last=last), torch.device("cpu"))
+    expected_share = share or last / 1000
+    assert abs((t < last).double().mean() - expected_share) < 0.005
+    assert t.min() == 0 and t.max() == 999
+    for power in (0, 1, 2):
+        values = (t.double() / 999) ** power
+        uniform = (torch.arange(1000).double() / 999).pow(power).mean()
+        assert abs((weight.double() * values).mean() - uniform) < 0.006
+    below = torch.bincount(t[t < last], minlength=last).double()
+    assert (below / below.mean() - 1).abs().max() < 0.25  # even below T
+
+
+def test_timesteps_may_all_lie_below_the_last() -> None:
+    t, weight = draw_steps(1000, ObjectiveConfig(share=0.4, last=1000), torch.device("cpu"))
+    assert t.max() <= 999 and abs(weight.mean() - 1) < 0.2
+
+
+def test_variants_are_names_or_changes() -> None:
+    own = ObjectiveConfig(last=120)
+    assert objective_of("mask_aware", own) == own
+    assert objective_of("baseline", own) == replace(own, face=0.0, body=0.0)
+    paper = replace(own, body=0.2, face=0.5, last=100, share=0.0, min_snr=0.0)
+    assert objective_of("paper", own) == paper
+    assert objective_of("second", own) == replace(paper, last=400)
+    assert objective_of("last=200 face=0.7", own) == replace(own, last=200, face=0.7)
+
+
+@pytest.mark.parametrize("variant", ["maskaware", "last=many", "lst=3", "share=1.0", "last=0",
+                                     "face=0.9", "body=-1"])  # fmt: skip
+def test_impossible_variants_are_explained(variant: str) -> None:
+    with pytest.raises(BadConfig):
+        objective_of(variant, ObjectiveConfig())
+
+
+def test_a_new_control_changes_nothing_and_copies_the_encoder(base: BaseModel) -> None:
+    control, (noisy, t, context) = new_control(base.unet), inputs(base)
+    with torch.no_grad():
+        plain = predict_noise(base, None, noisy, t, context)
+        assert torch.equal(plain, predict_noise(base, control, noisy, t, context))
+    unet, copy = base.unet.state_dict(), control.state_dict()
+    shared = [key for key in copy if not key.startswith("controlnet_")]
+    assert len(shared) > 50 and all(torch.equal(copy[key], unet[key]) for key in shared)
+
+
+def test_a_whole_hint_block_adds_nothing_whatever_the_hint(base: BaseModel) -> None:
+    control, (noisy, t, context) = randomised(new_control(base.unet)), inputs(base)
+    whole = with_hint(control)
+    torch.manual_seed(3)
+    for hint in (torch.zeros(2, 3, 128, 128), torch.rand(2, 3, 128, 128)):
+        down, middle = whole(noisy, t, context, controlnet_cond=hint, return_dict=False)
+        bare = control(noisy, t, context, controlnet_cond=noisy, return_dict=False)
+        pairs = zip((*down, middle), (*bare[0], bare[1]), strict=True)
+        assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+    again = with_hint(control).state_dict()
+    assert all(torch.equal(value, again[key]) for key, value in whole.state_dict().items())
+
+
+def test_an_unknown_layout_has_no_names_in_comfyui() -> None:
+    control = ControlNetModel(
+        block_out_channels=(16, 16, 16), norm_num_groups=8, cross_attention_dim=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    )  # fmt: skip
+    with pytest.raises(LayoutMismatch, match="no names for this ControlNet"):
+        comfyui_tensors(control.state_dict())
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> stage.Workshop:
+    return stage.Workshop.open(world(tmp_path_factory.mktemp("world")))
+
+
+def losses(
+    shop: stage.Workshop, objective: ObjectiveConfig, batch: PeopleBatch, t: list[int]
+) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """The loss of a prediction that is off by some noise; prediction, noise and schedule too."""
+    loss = stage.mask_aware(shop.base, shop.network, objective)
+    torch.manual_seed(0)
+    noise = torch.randn_like(batch.latents)
+    predicted = (noise + 0.3 * torch.randn_like(noise)).requires_grad_()
+    times = torch.tensor(t)
+    noisy = loss.schedule.add_noise(batch.latents, noise, times)
+    found = loss.losses(batch, noisy, predicted, noise, times, torch.ones(len(t)))
+    return found, predicted, noise, times
+
+
+def batch_of(shop: stage.Workshop) -> PeopleBatch:
+    return shop.people.draw(0, 4, 0)
+
+
+def test_without_terms_the_loss_is_the_diffusion_loss(shop: stage.Workshop) -> None:
+    batch, plain = batch_of(shop), ObjectiveConfig(min_snr=0.0)
+    for objective, t in ((objective_of("baseline", plain), [5, 60, 300, 900]),
+                         (plain, [100, 200, 500, 999])):  # fmt: skip
+        found, predicted, noise, _ = losses(shop, objective, batch, t)
+        assert found["loss"].item() == pytest.approx(
+            (predicted - noise).square().mean().item(), rel=1e-5
+        )
+        assert set(found) == {"loss", "epsilon"}
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms(shop: stage.Workshop) -> None:
+    batch = batch_of(shop)
+    objective = ObjectiveConfig(min_snr=5.0)
+    found, predicted, noise, t = losses(shop, objective, batch, [50, 20, 99, 300])
+    alpha = _alphas()[t]
+    error = (predicted.double() - noise).square().mean((1, 2, 3))
+    ldm = error * (5 * (1 - alpha) / alpha).clamp(max=1)
+    loss = stage.mask_aware(shop.base, shop.network, objective)
+    noisy = loss.schedule.add_noise(batch.latents, noise, t)
+    terms = loss.terms(batch, noisy, predicted, t)
+    body, face = terms["body"], terms["face"]
+    assert body.present.tolist() == [True, True, True, False] == face.present.tolist()
+    whole = 0.2 * body.value.double() + 0.5 * face.value.double() + 0.3 * ldm
+    expected = torch.where(body.present, whole, ldm).mean()
+    assert found["loss"].item() == pytest.approx(expected.item(), rel=1e-4)
+    assert found["face"].item() == pytest.approx(face.value[:3].mean().item(), rel=1e-4)
+
+
+def _alphas() -> Tensor:
+    start, end = NOISE_SCHEDULE["beta_start"] ** 0.5, NOISE_SCHEDULE["beta_end"] ** 0.5
+    return (1 - torch.linspace(start, end, 1000, dtype=torch.float64) ** 2).cumprod(0)
+
+
+def test_a_picture_without_faces_gives_their_weight_to_the_rest(shop: stage.Workshop) -> None:
+    batch = batch_of(shop)
+    nobody = replace(batch, landmarks=torch.full_like(batch.landmarks, torch.nan))
+    objective = ObjectiveConfig(min_snr=0.0)
+    found, predicted, noise, t = losses(shop, objective, nobody, [50] * 4)
+    loss = stage.mask_aware(shop.base, shop.network, objective)
+    noisy = loss.schedule.add_noise(batch.latents, noise, t)
+    body = loss.terms(nobody, noisy, predicted, t)["body"].value
+    ldm = (predicted - noise).square().mean((1, 2, 3))
+    assert found["loss"].item() == pytest.approx((0.4 * body + 0.6 * ldm).mean().item(), rel=1e-4)
+
+
+def test_empty_masks_and_no_faces_leave_the_diffusion_loss(shop: stage.Workshop) -> None:
+    batch = batch_of(shop)
+    empty = replace(
+        batch,
+        masks=torch.zeros_like(batch.masks),
+        landmarks=torch.full_like(batch.landmarks, torch.nan),
+    )
+    for body in (0.2, 0.0):
+        objective = ObjectiveConfig(min_snr=0.0, body=body)
+        found, predicted, noise, _ = losses(shop, objective, empty, [50] * 4)
+        assert found["loss"].item() == pytest.approx(
+            (predicted - noise).square().mean().item(), rel=1e-5
+        )
+        found["loss"].backward()
+        assert predicted.grad is not None and bool(predicted.grad.isfinite().all())
+
+
+def test_faces_alone_decode_windows_and_agree_with_whole_pictures(shop: stage.Workshop) -> None:
+    """At 16 latents a window with its margin is the whole picture, so both ways are one."""
+    batch = batch_of(shop)
+    found = [
+        losses(shop, ObjectiveConfig(body=body), batch, [50] * 4)[0]["face"].item()
+        for body in (0.2, 0.0)
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-3) and found[0] > 1e-4
+
+
+def test_terms_vanish_where_the_prediction_is_right(shop: stage.Workshop) -> None:
+    batch = batch_of(shop)
+    terms = shop.checker.objective.compare(batch, batch.latents)
+    assert all(term.value.abs().max() < 1e-5 for term in terms.values())
+
+
+def test_gradients_reach_the_control_and_nothing_else(shop: stage.Workshop) -> None:
+    base, batch = shop.base, batch_of(shop)
+    control = randomised(new_control(base.unet))
+    loss = stage.mask_aware(base, shop.network, ObjectiveConfig(body=0.4, face=0.6))
+    noise, t = torch.randn_like(batch.latents), torch.tensor([50] * 4)
+    noisy = loss.schedule.add_noise(batch.latents, noise, t)
+    predicted = predict_noise(base, control, noisy, t, base.encode(batch.prompts))
+    loss.losses(batch, noisy, predicted, noise, t, torch.ones(4))["loss"].backward()
+    learned = [p for p in control.parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+    assert len(learned) > 0.95 * len(list(control.parameters()))
+    frozen = (base.unet, base.vae, shop.network)
+    assert all(p.grad is None for module in frozen for p in module.parameters())

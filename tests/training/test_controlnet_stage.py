@@ -1,0 +1,149 @@
+"""Stage train-controlnet: files, resuming, and the same code on Stable Diffusion's layout."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import ControlNetModel
+from safetensors.torch import load_file
+from torch import Tensor
+
+from difflora_core.errors import BadConfig, DiffLoRAError
+from tests.training.coco_files import overrides, write_split
+from tests.training.controlnet_world import FEW, inputs, randomised, world
+from tests.training.tiny_sd import write_tiny_sd
+from tests.training.tiny_world import write_world
+from training.__main__ import main, open_run
+from training.artifacts import MissingArtifact, artifacts_folder, read_manifest
+from training.config import Config, load_config
+from training.controlnet import stage
+from training.controlnet.base_model import open_base
+from training.controlnet.control import new_control, predict_noise
+from training.controlnet.export import open_control
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return world(tmp_path)
+
+
+def trained(config: Config) -> dict[str, Tensor]:
+    """Run the stage; the weights of its mask-aware variant."""
+    stage.run(config, open_run(config, "train-controlnet"))
+    return open_control(config, "mask_aware-seed0").state_dict()
+
+
+def test_run_names_are_file_names() -> None:
+    assert stage.run_name("last=200 face=0.7", 3) == "last-200_face-0.7-seed3"
+
+
+def test_the_stage_writes_both_forms_and_figures(config: Config) -> None:
+    stage.run(config, folder := open_run(config, "train-controlnet"))
+    entries = read_manifest(artifacts_folder(config))
+    for name in ("baseline-seed0", "mask_aware-seed0"):
+        place = artifacts_folder(config) / "controlnet" / name
+        figures = entries[f"controlnet/{name}/{name}_comfyui.safetensors"]["figures"]
+        assert figures["steps"] == 4 and figures["base"].keys() == figures["control"].keys()
+        single = load_file(place / f"{name}_comfyui.safetensors")
+        loaded = ControlNetModel.from_pretrained(place)
+        assert torch.equal(
+            single["control_model.zero_convs.1.0.weight"].float(),
+            loaded.controlnet_down_blocks[1].weight,
+        )
+        assert loaded.controlnet_down_blocks[1].weight.abs().max() > 0
+        assert list((folder.path / name / "samples").glob("step_*.png"))
+        assert json.loads((place / "config.json").read_text())["_class_name"] == "ControlNetModel"
+    with pytest.raises(MissingArtifact, match="no ControlNet paper-seed0"):
+        open_control(config, "paper-seed0")
+
+
+def test_variants_of_a_seed_differ_by_their_loss_alone(tmp_path: Path) -> None:
+    config = world(tmp_path, "controlnet.variants=[baseline, mask_aware, body=0.0 face=0.0]")
+    stage.run(config, open_run(config, "train-controlnet"))
+    names = ("baseline-seed0", "mask_aware-seed0", "body-0.0_face-0.0-seed0")
+    baseline, aware, nothing = (open_control(config, name).state_dict() for name in names)
+    assert all(torch.equal(baseline[key], nothing[key]) for key in baseline)
+    assert any(not torch.equal(baseline[key], aware[key]) for key in baseline)
+
+
+def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
+    config = world(tmp_path, "controlnet.variants=[mask_aware]")
+    whole = trained(config)
+    run = Path(config.run.root) / "train-controlnet" / "mask_aware-seed0" / "checkpoints"
+    newest = sorted(run.glob("step_*"))[-1]
+    assert newest.name == "step_00000004"
+    for file in newest.iterdir():
+        file.unlink()
+    newest.rmdir()
+    resumed = trained(config)
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_empty_lists_are_refused(config: Config) -> None:
+    for changed in ({"variants": ()}, {"seeds": ()}):
+        broken = replace(config, controlnet=replace(config.controlnet, **changed))
+        with pytest.raises(BadConfig, match="must not be empty"):
+            stage.run(broken, open_run(broken, "train-controlnet"))
+
+
+def sd_words(tmp_path: Path) -> list[str]:
+    """SD 1.5's own config file, brought down to tiny models and eight pictures."""
+    split = write_split(tmp_path / "coco", 8, seed=0)
+    return [
+        *FEW, *overrides("train", split.files), *overrides("validation", split.files),
+        "people.count=6", f"controlnet.model={write_tiny_sd(tmp_path / 'sd')}",
+        "controlnet.resolution=128", "controlnet.smallest_face=0.1", "controlnet.batch=2",
+        "controlnet.variants=[baseline, mask_aware, paper]", f"run.root={tmp_path / 'run'}",
+    ]  # fmt: skip
+
+
+def test_stable_diffusion_goes_the_same_way(tmp_path: Path) -> None:
+    file = Path("training/configs/sd15_controlnet.toml")
+    words = sd_words(tmp_path)
+    write_world(world_config := load_config(file, words))
+    recogniser = artifacts_folder(world_config) / "recogniser.safetensors"
+    words.append(f"controlnet.face_network={recogniser}")
+    assert main(["build-people-dataset", "--config", str(file), *words]) == 0
+    assert main(["train-controlnet", "--config", str(file), *words]) == 0
+    config = load_config(file, words)
+    for variant in ("baseline", "mask_aware", "paper"):
+        assert len(open_control(config, f"{variant}-seed0").state_dict()) > 100
+    place = artifacts_folder(config) / "controlnet" / "paper-seed0"
+    keys = load_file(place / "paper-seed0_comfyui.safetensors").keys()
+    assert "control_model.input_blocks.11.0.in_layers.2.weight" in keys
+
+
+def test_checkpointing_changes_nothing_but_memory(tmp_path: Path) -> None:
+    config = load_config(Path("training/configs/sd15_controlnet.toml"), sd_words(tmp_path))
+    base = open_base(config)
+    gradients = []
+    for checkpointing in (False, True):
+        control = randomised(new_control(base.unet, checkpointing=checkpointing))
+        noisy, t, _ = inputs(base)
+        predict_noise(base, control, noisy, t, base.encode(["a", "b"])).sum().backward()
+        gradients.append([p.grad for p in control.parameters() if p.grad is not None])
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max() + 1e-6
+
+
+def test_what_is_no_stable_diffusion_is_explained(tmp_path: Path) -> None:
+    config = world(tmp_path, f"controlnet.model={tmp_path}")
+    with pytest.raises(DiffLoRAError, match="it has no unet, vae"):
+        open_base(config)
+    folder = write_tiny_sd(tmp_path / "sd")
+    config = world(tmp_path, f"controlnet.model={folder}")
+    schedule = folder / "scheduler" / "scheduler_config.json"
+    changed = json.loads(schedule.read_text()) | {"prediction_type": "v_prediction"}
+    schedule.write_text(json.dumps(changed))
+    with pytest.raises(DiffLoRAError, match=r"v_prediction.*predict epsilon"):
+        open_base(config)
+
+
+def test_the_data_set_has_to_be_built_first(tmp_path: Path) -> None:
+    config = world(tmp_path, "controlnet.data=people")
+    with pytest.raises(MissingArtifact, match="build-people-dataset"):
+        stage.run(config, open_run(config, "train-controlnet"))
