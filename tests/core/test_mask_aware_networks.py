@@ -39,6 +39,8 @@ def test_normalises_as_insightface_does(tmp_path: Path, own: bool) -> None:
     theirs = torch.from_numpy(arcface.ArcFaceONNX(str(path)).get_feat(levels[..., ::-1].copy()))
     ours = open_face_network(path)(torch.from_numpy(levels / 255).permute(2, 0, 1)[None].float())
     assert torch.allclose(ours.embedding, F.normalize(theirs), atol=1e-5)
+    # the normalised picture is no map of the network, nor is what pooling leaves
+    assert [tap.shape[-1] for tap in ours.taps] == ([28] if own else [56, 28, 14, 7])
 
 
 def test_one_normalisation_for_every_network_would_blind_some(tmp_path: Path) -> None:
