@@ -10,7 +10,7 @@ import folder_paths
 import torch
 from torch import Tensor
 
-from ..difflora_core.errors import BadWeightsFile, DiffLoRAError
+from ..difflora_core.errors import BadWeightsFile, DiffLoRAError, LayoutMismatch
 from ..difflora_core.face import FaceEncoder, find_pack
 from ..difflora_core.features import Features
 from ..difflora_core.mask_aware.decoders import FastDecoder
@@ -96,9 +96,10 @@ def _opened(path: Path, state: str) -> FaceNetwork:
 
 
 def fast_decoder(latents: Any) -> FastDecoder | None:
-    """TAESD for a model's latents from models/vae_approx, if it is there. Errors: BadWeightsFile.
+    """TAESD for a model's latents from models/vae_approx, if it is there.
 
-    Only as safetensors: pickled files (.pth) are passed over.
+    Only as safetensors: pickled files (.pth) are passed over. Errors: BadWeightsFile,
+    LayoutMismatch.
     """
     name = latents.taesd_decoder_name
     path = folder_paths.get_full_path("vae_approx", f"{name}.safetensors") if name else None
@@ -106,4 +107,11 @@ def fast_decoder(latents: Any) -> FastDecoder | None:
         return None
     # autograd refuses weights that were made in inference mode
     with torch.inference_mode(False):
-        return FastDecoder.open(path)
+        decoder = FastDecoder.open(path)
+    if decoder.channels != latents.latent_channels:
+        raise LayoutMismatch(
+            f"{Path(path).name} takes latents of {decoder.channels} channels; this model's have "
+            f"{latents.latent_channels}.",
+            hint="Put the file that belongs to the model into models/vae_approx, or choose VAE.",
+        )
+    return decoder

@@ -56,7 +56,7 @@ class FastDecoder(nn.Module):
                 layers.append(nn.Upsample(scale_factor=2))
                 layers.append(nn.Conv2d(width, width, 3, padding=1, bias=False))
         self.layers = nn.Sequential(*layers, nn.Conv2d(width, 3, 3, padding=1))
-        self.upscale = 2 ** (len(blocks) - 1)
+        self.channels, self.upscale = channels, 2 ** (len(blocks) - 1)
 
     @classmethod
     def open(cls, path: str | Path) -> FastDecoder:

@@ -99,6 +99,7 @@ class Host:
         nodes.NODE_CLASS_MAPPINGS.update(stand_ins.NODES)
         self.pack_name = str(pack).replace(".", "_x_")
         self.nodes = nodes
+        stand_ins.Person.features_type = self.module("difflora_core.features").Features
 
     def module(self, name: str) -> ModuleType:
         """A module of the pack as ComfyUI loaded it, such as "nodes.host"."""

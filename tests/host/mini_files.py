@@ -14,11 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from difflora_core.face_crop import TEMPLATE, TEMPLATE_SIZE
 from difflora_core.image_encoder import ImageEncoder, ImageEncoderConfig
 from difflora_core.lora_space import LoraSpace
 from difflora_core.predictor import Predictor
 from difflora_core.predictor_config import EncoderInfo
 from difflora_core.presets import preset
+from difflora_core.recogniser import IResNetConfig, Recogniser, RecogniserConfig
 
 UNET_CONFIG = {
     "sample_size": 16,
@@ -74,16 +76,20 @@ def build_text_encoder(config: dict[str, Any]) -> CLIPTextModel:
     return CLIPTextModel(CLIPTextConfig(**config)).eval()
 
 
-def write_random_world(folder: Path, seed: int = 0) -> None:
-    """Write unet, vae and text_encoder files into `folder`."""
+def write_random_world(folder: Path, seed: int = 0, channels: int = 4) -> None:
+    """Write the files of a mini world, with latents of so many channels, into `folder`."""
     torch.manual_seed(seed)
-    _write(folder / "unet.safetensors", build_unet(UNET_CONFIG), UNET_CONFIG)
-    _write(folder / "vae.safetensors", build_vae(VAE_CONFIG), VAE_CONFIG)
+    unet = UNET_CONFIG | {"in_channels": channels, "out_channels": channels}
+    vae = VAE_CONFIG | {"latent_channels": channels}
+    _write(folder / "unet.safetensors", build_unet(unet), unet)
+    _write(folder / "vae.safetensors", build_vae(vae), vae)
     encoder = build_text_encoder(TEXT_CONFIG)
     _write(folder / "text_encoder.safetensors", encoder, TEXT_CONFIG)
     image_encoder = ImageEncoder.create(ImageEncoderConfig(IMAGE_ENCODER))
     image_encoder.save(folder / "image_encoder.safetensors")
     random_predictor(image_encoder.config.name).save(folder / "predictor.safetensors")
+    shape = IResNetConfig(stem=4, widths=(8, 8, 8), embedding=FACE_WIDTH)
+    Recogniser(RecogniserConfig(shape, name="random")).save(folder / "recogniser.safetensors")
 
 
 def random_predictor(image_encoder: str, face_encoder: str = "mini") -> Predictor:
@@ -121,6 +127,23 @@ class FakeAnalysis:
         x1, y1, x2, y2 = face.bbox.astype(int)
         inside = bgr[y1:y2, x1:x2].reshape(-1, 3).astype(np.float32) / 255
         return np.concatenate([inside.mean(0), inside.std(0), [0.1, 0.2]]) - 0.4
+
+
+class FixedFaces(FakeAnalysis):
+    """Finds faces at the same places of every picture: boxes as shares of width and height."""
+
+    def __init__(self, *boxes: tuple[float, float, float, float]) -> None:
+        super().__init__()
+        self.boxes = boxes
+
+    def detect(self, bgr: np.ndarray, input_size: tuple[int, int]) -> tuple[Any, Any]:
+        """Boxes with scores [N, 5] and points [N, 5, 2], in pixels, faces upright."""
+        height, width = bgr.shape[:2]
+        template = np.array(TEMPLATE) / TEMPLATE_SIZE
+        boxes = [np.array(box) * (width, height, width, height) for box in self.boxes]
+        points = [box[:2] + template * (box[2:] - box[:2]) for box in boxes]
+        scored = [np.append(box, 0.9) for box in boxes]
+        return np.array(scored).reshape(-1, 5), np.array(points).reshape(-1, 5, 2)
 
 
 def _write(path: Path, model: nn.Module, config: dict[str, Any]) -> None:

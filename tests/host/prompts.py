@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,3 +94,53 @@ def with_lora_file(file: str) -> Prompt:
     """Core's "Load LoRA" on the mini model, at ["apply", 0]."""
     inputs = {"model": ["mini", 0], "clip": ["mini", 1], "lora_name": file}
     return {"apply": node("LoraLoader", **inputs, strength_model=1.0, strength_clip=1.0)}
+
+
+MIDDLE = (0.25, 0.25, 0.75, 0.75)
+"""A face in the middle of the picture, in shares of its width and height."""
+
+
+def guidance(boxes: Sequence[Sequence[float]] = (MIDDLE,), **changes: Any) -> Prompt:
+    """Nodes for a guided model at ["guide", 0]; faces are found at `boxes`, in every picture."""
+    inputs = {
+        "model": ["mini", 0],
+        "vae": ["mini", 2],
+        "features": ["person", 0],
+        "face_encoder": ["faces", 0],
+        "strength": 2.0,
+        "window": "custom",
+        "start": 0.0,
+        "end": 1.0,
+        "decoder": "VAE",
+        "when_lost": "hold",
+        "iterations": 1,
+        "smoothing": 0.0,
+        **changes,
+    }
+    return {
+        "person": node("TestPerson", encoder="mini", seed=0),
+        "faces": node("TestPlacedFaces", boxes=json.dumps(boxes)),
+        "guide": node(
+            "DiffLoRA_MaskAwareGuidance", **{k: v for k, v in inputs.items() if v is not None}
+        ),
+    }
+
+
+def guided(
+    more: Prompt, *, seed: int = 1, side: int = 64, batch: int = 1, **sampler: Any
+) -> Prompt:
+    """Small pictures from the model at ["guide", 0]; keeps latents, pictures and the log."""
+    prompt = text_to_image(seed, model=["guide", 0], more=more)
+    return kept(small(prompt, side, batch, **sampler), latents=["sample", 0], log=["guide", 1])
+
+
+def unguided(*, seed: int = 1, side: int = 64, batch: int = 1, **sampler: Any) -> Prompt:
+    """The same without guidance."""
+    return kept(small(text_to_image(seed), side, batch, **sampler), latents=["sample", 0])
+
+
+def small(prompt: Prompt, side: int, batch: int, **sampler: Any) -> Prompt:
+    """Smaller pictures, or more of them, or another sampler."""
+    prompt["empty"]["inputs"] |= {"width": side, "height": side, "batch_size": batch}
+    prompt["sample"]["inputs"] |= sampler
+    return prompt

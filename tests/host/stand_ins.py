@@ -1,11 +1,14 @@
-"""Test-only nodes: a capture of any value, photos, and faces without an InsightFace pack."""
+"""Test-only nodes: a capture of any value, photos, masks, broken VAEs, and faces without an
+InsightFace pack."""
 
 from __future__ import annotations
 
+import copy
+import json
 from typing import Any
 
 import torch
-from mini_files import FakeAnalysis
+from mini_files import FACE_WIDTH, FakeAnalysis, FixedFaces
 from torch import Tensor
 
 
@@ -91,9 +94,101 @@ class OldFaces(Faces):
     RETURN_TYPES = ("INSIGHTFACE",)
 
 
+class NoFaces(Faces):
+    """Another object under the name of a face encoder."""
+
+    def open(self) -> tuple[str]:  # type: ignore[override]
+        return ("a detector of cats",)
+
+
+class PlacedFaces:
+    """A face encoder that finds faces where it is told to: a JSON list of boxes, in shares."""
+
+    RETURN_TYPES = ("FACEANALYSIS",)
+    FUNCTION = "open"
+    CATEGORY = "test"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"boxes": ("STRING", {})}}
+
+    def open(self, boxes: str) -> tuple[FixedFaces]:
+        return (FixedFaces(*json.loads(boxes)),)
+
+
+class Person:
+    """Features without any photo."""
+
+    RETURN_TYPES = ("DIFFLORA_FEATURES",)
+    FUNCTION = "make"
+    CATEGORY = "test"
+    features_type: Any = None
+    """Features, as the pack inside ComfyUI knows them."""
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"encoder": ("STRING", {}), "seed": ("INT", {})}}
+
+    def make(self, encoder: str, seed: int) -> tuple[Any]:
+        row = torch.randn(1, FACE_WIDTH, generator=torch.Generator().manual_seed(seed))
+        if encoder == "image only":
+            return (self.features_type(None, row, torch.ones(1)),)
+        return (self.features_type(row, None, torch.ones(1), encoder),)
+
+
+class Rectangle:
+    """A MASK that is white in one box, given in shares of its width and height."""
+
+    RETURN_TYPES = ("MASK",)
+    FUNCTION = "draw"
+    CATEGORY = "test"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        sides = {side: ("INT", {}) for side in ("width", "height", "batch")}
+        return {"required": {**sides, "box": ("STRING", {})}}
+
+    def draw(self, width: int, height: int, batch: int, box: str) -> tuple[Tensor]:
+        mask = torch.zeros(batch, height, width)
+        x1, y1, x2, y2 = json.loads(box)
+        rows, columns = (round(y1 * height), round(y2 * height)), (x1 * width, x2 * width)
+        mask[:, rows[0] : rows[1], round(columns[0]) : round(columns[1])] = 1
+        return (mask,)
+
+
+class WrongVae:
+    """A VAE that cannot guide: NaN in its weights, nothing in it, or made for other latents."""
+
+    RETURN_TYPES = ("VAE",)
+    FUNCTION = "spoil"
+    CATEGORY = "test"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"vae": ("VAE",), "how": ("STRING", {})}}
+
+    def spoil(self, vae: Any, how: str) -> tuple[Any]:
+        wrong = copy.copy(vae)
+        if how == "nan":
+            wrong.first_stage_model = copy.deepcopy(vae.first_stage_model)
+            next(wrong.first_stage_model.decoder.parameters()).view(-1)[3] = torch.nan
+        elif how == "empty":
+            wrong.first_stage_model = None
+        elif how == "channels":
+            wrong.latent_channels = 16
+        else:
+            wrong.latent_dim = 3
+        return (wrong,)
+
+
 NODES = {
     "TestCapture": Capture,
     "TestPhoto": Photo,
     "TestFaces": Faces,
     "TestOldFaces": OldFaces,
+    "TestNoFaces": NoFaces,
+    "TestPlacedFaces": PlacedFaces,
+    "TestPerson": Person,
+    "TestRectangle": Rectangle,
+    "TestWrongVae": WrongVae,
 }
