@@ -15,7 +15,7 @@ from training.controlnet.base_model import BaseModel
 FEW = [
     "run.device=cpu", "run.log_every=1", "run.checkpoint_every=2", "controlnet.pool=8",
     "controlnet.batch=4", "controlnet.check=2", "controlnet.optim.steps=4",
-    "controlnet.paint_steps=4", "controlnet.optim.warmup=1",
+    "controlnet.paint_steps=2", "controlnet.optim.warmup=1",
 ]  # fmt: skip
 
 

@@ -46,8 +46,14 @@ class BaseModel:
 def open_base(config: Config) -> BaseModel:
     """The model of `controlnet.model`. Errors: MissingArtifact, DiffLoRAError."""
     device = config.run.torch_device()
-    if config.controlnet.model:
-        return _open_folder(Path(config.controlnet.model), device)
+    folder = config.controlnet.model
+    base = _open_folder(Path(folder), device) if folder else _open_mini(config, device)
+    for module in (base.vae, base.unet):  # convolutions are faster so, most of all on a CPU
+        module.to(memory_format=torch.channels_last)
+    return base
+
+
+def _open_mini(config: Config, device: torch.device) -> BaseModel:
     text = open_text(config).to(device)
 
     @torch.no_grad()

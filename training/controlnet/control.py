@@ -29,7 +29,8 @@ class NoHint(nn.Module):
 
 def new_control(unet: Unet, *, checkpointing: bool = False) -> Control:
     """A copy of the U-Net's encoder and middle, trainable, on its device."""
-    control = without_hint(ControlNetModel.from_unet(unet)).to(unet.device)
+    control = without_hint(ControlNetModel.from_unet(unet))
+    control = control.to(unet.device, memory_format=torch.channels_last)
     if checkpointing:
         control.enable_gradient_checkpointing()
     return control.train().requires_grad_(True)

@@ -97,6 +97,7 @@ def run(config: Config, folder: RunFolder) -> None:
         lines[name] = painted[0].repainted
         write(config, folder, rows, skipped)
         logger.info("%s: %.0f s", name, time.monotonic() - begin)
+    write(config, folder, rows, skipped)
     if config.controlnet.evaluation.sheet:
         shown = {k: v[: config.controlnet.evaluation.sheet] for k, v in lines.items()}
         save_sheet(folder.path / "sheet.png", shown)
