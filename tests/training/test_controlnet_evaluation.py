@@ -27,10 +27,12 @@ from training.controlnet.measures import LOST, Ruler, match
 from training.controlnet.tables import markdown
 from training.controlnet.trial import draw_trial
 from training.evaluation.judges import Judges
+from training.guidance.factors import FactorReader
 
 SMALL = [
     "controlnet.evaluation.portraits=2", "controlnet.evaluation.groups=2",
     "controlnet.evaluation.fid_pictures=4", "controlnet.evaluation.sheet=2",
+    "controlnet.evaluation.factor_pictures=16",
 ]  # fmt: skip
 
 
@@ -44,7 +46,8 @@ def ruler(tmp_path_factory: pytest.TempPathFactory) -> Ruler:
     config = load_config(file)
     settings = ControlnetEvalConfig(portraits=8, groups=4, fid_pictures=4)
     trial = draw_trial(settings, open_base(config))
-    return Ruler.make(Judges.open(config), trial)
+    judges = Judges.open(config)
+    return Ruler.make(judges, trial, FactorReader.fit(judges, 400, 0))
 
 
 def test_a_trial_shows_portraits_first_and_then_groups(ruler: Ruler) -> None:
@@ -64,8 +67,9 @@ def test_true_pictures_are_repainted_perfectly(ruler: Ruler) -> None:
     assert values["landmark_error"][known].max() < 1e-5
     assert values["faces_found"][known].min() == 1
     assert values["body_distance"].abs().max() < 1e-5
-    assert values["expression"][:8].mean() > 0.8 and values["expression"][8:].isnan().all()
-    assert values["identity_error"][:8].mean() < 0.2 and values["prompt_accuracy"][:8].mean() > 0.9
+    assert values["expression"][:8].mean() >= 0.25 and values["expression"][8:].isnan().all()
+    assert values["identity"][:8].mean() > 0.2 and values["identity"][8:].isnan().all()
+    assert values["prompt_accuracy"][:8].mean() > 0.6
 
 
 def test_other_peoples_pictures_are_far_from_true(ruler: Ruler) -> None:
@@ -75,7 +79,7 @@ def test_other_peoples_pictures_are_far_from_true(ruler: Ruler) -> None:
     )
     other = ruler.repainted(swapped)
     for name, better in (("face_sim", 1), ("landmark_error", -1), ("body_distance", -1),
-                         ("identity_error", -1), ("prompt_accuracy", 1)):  # fmt: skip
+                         ("identity", 1), ("prompt_accuracy", 1)):  # fmt: skip
         assert better * (true[name].nanmean() - other[name].nanmean()) > 0.02, name
 
 
@@ -168,7 +172,7 @@ def test_the_table_has_every_row_and_measure(config: Config, tmp_path: Path) -> 
     assert list(outcome["rows"]) == ["ceiling", "base", "baseline", "last=200"]
     for name in ("base", "baseline", "last=200"):
         row = outcome["rows"][name]
-        assert {"face_sim", "landmark_error", "body_distance", "expression", "identity_error",
+        assert {"face_sim", "landmark_error", "body_distance", "expression", "identity",
                 "fresh_fid", "fresh_clip_t", "fresh_prompt_accuracy"} <= set(row)  # fmt: skip
         assert all(len(f["by_seed"]) == (1 if name == "base" else 2) for f in row.values())
     assert set(outcome["gains_over_baseline"]) == {"last=200"}

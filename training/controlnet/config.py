@@ -75,6 +75,8 @@ class ControlnetEvalConfig:
     """Draws people, scenes, prompts and painting noise; any seed is a fresh held-out set."""
     fid_pictures: int = 2000
     """Freshly drawn portraits that stand for real pictures in fid."""
+    factor_pictures: int = 1500
+    """Drawn portraits that the reader of identity factors is fitted on."""
     sheet: int = 8
     """Pictures on the sheet; 0 = no sheet."""
 

@@ -29,6 +29,7 @@ from ..evaluation.measures import pooled
 from ..evaluation.metrics import frechet_distance
 from ..evaluation.sheet import save_sheet
 from ..evaluation.summary import summarise_statistic
+from ..guidance.factors import FactorReader
 from ..run_folder import RunFolder, device_name
 from .base_model import BaseModel, open_base
 from .checking import paint_settings
@@ -64,9 +65,11 @@ class Bench:
     def open(cls, config: Config) -> Bench:
         """Models, judges and held-out scenes. Errors: MissingArtifact."""
         base, judges = open_base(config), Judges.open(config)
-        trial = draw_trial(config.controlnet.evaluation, base)
+        settings = config.controlnet.evaluation
+        trial = draw_trial(settings, base)
+        factors = FactorReader.fit(judges, settings.factor_pictures, settings.seed)
         real = pooled(judges.look_past_faces(trial.real).attributes)
-        return cls(config, base, trial, Ruler.make(judges, trial), real)
+        return cls(config, base, trial, Ruler.make(judges, trial, factors), real)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ landmark_error  mean distance of the five points that the detector finds in both
                 points, but the detector is 0.06 of a width off them even in true pictures.)
 faces_found     share of the true faces found again
 body_distance   distance of a self-supervised network's maps inside the masks of people, 0..2
-expression, identity_error, prompt_accuracy: of the attribute heads, on portraits of one person
+identity        cosine of the identity factors read off the picture and the true ones, and
+expression, prompt_accuracy: of the attribute heads; these three on portraits of one person
 
 No network here was looked at in training. Pictures painted from noise have no true picture: fid,
 clip_t, prompt_accuracy and expression are measured, and faces_found against the prompt's number.
@@ -31,6 +32,7 @@ from difflora_core.mask_aware.pairing import assign
 
 from ..evaluation.judges import Judges, to_pixels
 from ..evaluation.metrics import prompt_accuracy, text_similarity
+from ..guidance.factors import FactorReader
 from ..portraits import ATTRIBUTES
 from .trial import ControlTrial
 
@@ -67,13 +69,15 @@ class Ruler:
     """Embeddings of the true faces [N, P, D]."""
     texts: Tensor
     """Of the prompts [N, D]."""
+    factors: FactorReader
 
     @classmethod
-    def make(cls, judges: Judges, trial: ControlTrial) -> Ruler:
+    def make(cls, judges: Judges, trial: ControlTrial, factors: FactorReader) -> Ruler:
+        """Look at the true pictures."""
         images = trial.drawn.images
         true = find_faces(judges, images, trial)
         faces = embed(judges, images, true.landmarks)
-        return cls(judges, trial, true, faces, judges.texts(trial.prompts))
+        return cls(judges, trial, true, faces, judges.texts(trial.prompts), factors)
 
     def repainted(self, pictures: Tensor) -> Values:
         """Measures of repainted pictures [N, 3, H, W] in 0..1."""
@@ -82,8 +86,8 @@ class Ruler:
         cosines = (embed(self.judges, pictures, found.landmarks) * self.true_faces).sum(-1)
         boxes = self.trial.drawn.boxes.cpu()
         widths = boxes[..., 2] - boxes[..., 0]
-        marks = (faces.landmarks.flatten(0, 1) for faces in (found, self.true))
-        errors = landmark_distance(*marks, widths.flatten()).view_as(widths).clamp(max=LOST)
+        ours, theirs = (faces.landmarks.flatten(0, 1) for faces in (found, self.true))
+        errors = landmark_distance(ours, theirs, widths.flatten()).view_as(widths).clamp(max=LOST)
         return {
             "face_sim": self._per_picture(torch.where(there, cosines, 0.0)),
             "landmark_error": self._per_picture(torch.where(there, errors, LOST)),
@@ -113,7 +117,7 @@ class Ruler:
         identity = self.trial.drawn.identity[alone, 0].cpu()
         values = {
             "expression": (logits["expression"].argmax(-1) == wanted).float(),
-            "identity_error": (logits["identity"] - identity).square().mean(-1).sqrt(),
+            "identity": self.factors.likeness(pictures[alone, None], identity)[:, 0],
             "prompt_accuracy": prompt_accuracy(_known(logits), self.trial.wanted),
         }
         rest = torch.full((len(self.trial) - self.trial.portraits,), torch.nan)

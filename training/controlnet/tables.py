@@ -9,7 +9,7 @@ from .intervals import SeededFigure
 
 BETTER = {
     "face_sim": "up", "landmark_error": "down", "faces_found": "up", "expression": "up",
-    "identity_error": "down", "body_distance": "down", "prompt_accuracy": "up", "fresh_fid": "down",
+    "identity": "up", "body_distance": "down", "prompt_accuracy": "up", "fresh_fid": "down",
     "fresh_clip_t": "up", "fresh_prompt_accuracy": "up", "fresh_expression": "up",
     "fresh_faces_found": "up",
 }  # fmt: skip
