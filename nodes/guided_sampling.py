@@ -60,7 +60,7 @@ def noise_ratio(sampling: Any, sigma: float) -> float:
     return sigma / (1 - sigma) if sigma < 1 else float("inf")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GuidedSampling:
     """A wrapper around whole runs (OUTER_SAMPLE) that guides each with a Guide of its own.
 
@@ -93,8 +93,11 @@ class GuidedSampling:
         model.add_wrapper_with_key(outer, KEY, self)
         return model
 
-    def __call__(self, executor: Any, noise: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        guider, sigmas, begin = executor.class_obj, args[2], time.perf_counter()
+    def __call__(
+        self, executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor,
+        *args: Any, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
+        guider, begin = executor.class_obj, time.perf_counter()
         sampling = guider.model_patcher.get_model_object("model_sampling")
         run = self._begun(tuple(noise_ratio(sampling, float(sigma)) for sigma in sigmas))
         with contextlib.ExitStack() as stack:
@@ -108,7 +111,7 @@ class GuidedSampling:
             if run.note:
                 logger.warning("Mask-Aware Guidance: %s", run.note)
             try:
-                return executor(noise, *args, **kwargs)
+                return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
             finally:
                 run.seconds = time.perf_counter() - begin
 
@@ -160,7 +163,7 @@ class GuidedSampling:
                 self.fast.to("cpu")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Steering:
     """Stands behind classifier-free guidance (sampler_post_cfg_function) for one run."""
 

@@ -35,6 +35,7 @@ mini_files = _load("mini_files")
 _load("stand_ins")
 comfy_host = _load("comfy_host")
 prompts = _load("prompts")
+_load("guided_runs")
 
 
 @pytest.fixture(scope="session")

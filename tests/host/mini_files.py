@@ -145,6 +145,9 @@ class FixedFaces(FakeAnalysis):
         scored = [np.append(box, 0.9) for box in boxes]
         return np.array(scored).reshape(-1, 5), np.array(points).reshape(-1, 5, 2)
 
+    def get(self, bgr: np.ndarray, face: Any) -> np.ndarray:
+        return np.ones(FACE_WIDTH, np.float32)
+
 
 def _write(path: Path, model: nn.Module, config: dict[str, Any]) -> None:
     tensors = {key: value.contiguous() for key, value in model.state_dict().items()}

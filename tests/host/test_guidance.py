@@ -2,61 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from typing import Any
-
 import pytest
 import torch
 from comfy_host import Host, Interrupted, PromptFailed
-from prompts import (
-    MIDDLE,
-    guidance,
-    guided,
-    kept,
-    node,
-    saved_lora,
-    text_to_image,
-    unguided,
-    with_lora_file,
-)
-from torch import Tensor
+from guided_runs import assert_guided, faces, latents, mask_of, notes, steps
+from prompts import MIDDLE, guidance, guided, kept, node, text_to_image, unguided
 
 pytestmark = pytest.mark.usefixtures("world")
-
-
-def latents(values: dict[str, Any]) -> Tensor:
-    return values["latents"]["samples"]
-
-
-def steps(values: dict[str, Any]) -> list[Any]:
-    (run,) = values["log"].runs
-    return run.steps
-
-
-def faces(values: dict[str, Any]) -> list[int]:
-    return [step.faces for step in steps(values)]
-
-
-def notes(values: dict[str, Any]) -> set[str]:
-    return {step.note for step in steps(values)} | {run.note for run in values["log"].runs}
-
-
-def mask_of(
-    box: Sequence[float], width: int = 64, height: int = 64, batch: int = 1
-) -> dict[str, Any]:
-    shape = {"width": width, "height": height, "batch": batch}
-    return {"mask": node("TestRectangle", **shape, box=str(list(box)))}
-
-
-def assert_guided(host: Host, more: dict[str, Any], **settings: Any) -> dict[str, Any]:
-    """Run with and without; guidance must act at some step, and the picture be a picture."""
-    base = host.run(unguided(**settings))
-    values = host.run(guided(more, **settings))
-    assert values["picture"].isfinite().all() and latents(values).isfinite().all()
-    assert not torch.equal(latents(values), latents(base))
-    assert max(faces(values)) > 0 and not any("not finite" in note for note in notes(values))
-    return values
 
 
 def test_faces_come_to_resemble_the_person(host: Host) -> None:
@@ -121,89 +73,12 @@ def test_the_same_seed_gives_the_same_picture_even_after_unloading(host: Host) -
     assert torch.equal(latents(host.run(again)), first)
 
 
-@pytest.mark.parametrize(
-    ("sampler", "scheduler"),
-    [
-        ("euler_ancestral", "normal"),
-        ("dpmpp_2m", "karras"),
-        ("dpmpp_2m_sde", "exponential"),
-        ("dpmpp_sde", "beta"),
-        ("lcm", "sgm_uniform"),
-        ("uni_pc", "simple"),
-        ("ddim", "ddim_uniform"),
-        ("euler_cfg_pp", "normal"),
-        ("heun", "kl_optimal"),
-    ],
-)
-def test_every_sampler_and_scheduler(host: Host, sampler: str, scheduler: str) -> None:
-    assert_guided(host, guidance(), sampler_name=sampler, scheduler=scheduler, steps=3)
-
-
-def test_without_classifier_free_guidance(host: Host) -> None:
-    assert_guided(host, guidance(), cfg=1.0)
-
-
 def test_every_picture_of_a_batch_is_guided(host: Host) -> None:
     two = guidance(mask=["mask", 0]) | mask_of((0, 0, 1, 1), batch=2)
     values = assert_guided(host, two, batch=3)
     assert faces(values) == [3] * 4
     base = host.run(unguided(batch=3))
     assert (latents(values) != latents(base)).flatten(1).any(1).all()
-
-
-def test_regional_prompts(host: Host) -> None:
-    def regional(prompt: dict[str, Any]) -> dict[str, Any]:
-        region = {"strength": 1.0, "set_cond_area": "default"}
-        prompt |= {
-            "area": node("TestRectangle", width=64, height=64, batch=1, box="[0, 0, 0.5, 1]"),
-            "there": node(
-                "ConditioningSetMask", conditioning=["no", 0], mask=["area", 0], **region
-            ),
-            "both": node(
-                "ConditioningCombine", conditioning_1=["yes", 0], conditioning_2=["there", 0]
-            ),
-        }
-        prompt["sample"]["inputs"]["positive"] = ["both", 0]
-        return prompt
-
-    base = host.run(regional(unguided()))
-    values = host.run(regional(guided(guidance())))
-    assert faces(values) == [1] * 4 and notes(values) == {""}
-    assert not torch.equal(latents(values), latents(base))
-
-
-def test_over_and_under_a_lora_it_is_the_same(host: Host) -> None:
-    file = saved_lora(host)
-    below = host.run(guided(guidance(model=["apply", 0]) | with_lora_file(file)))
-    above = with_lora_file(file)
-    above["apply"]["inputs"]["model"] = ["guide", 0]
-    prompt = guided(guidance() | above)
-    prompt["sample"]["inputs"]["model"] = ["apply", 0]
-    assert torch.equal(latents(host.run(prompt)), latents(below))
-    assert faces(below) == [1] * 4
-    assert not torch.equal(latents(host.run(guided(guidance()))), latents(below))
-
-
-def test_with_personalize(host: Host) -> None:
-    personal = {
-        "photo": node("TestPhoto", faces="one"),
-        "red": node("TestFaces"),
-        "apply": node(
-            "DiffLoRA_Personalize",
-            model=["mini", 0],
-            clip=["mini", 1],
-            photos=["photo", 0],
-            predictor="mini (ships with DiffLoRA)",
-            strength=1.0,
-            seed=0,
-            face="largest",
-            face_number=1,
-            face_encoder=["red", 0],
-        ),
-    }
-    values = host.run(guided(guidance(model=["apply", 0]) | personal))
-    assert faces(values) == [1] * 4
-    assert not torch.equal(latents(values), latents(host.run(guided(guidance()))))
 
 
 GRID = [(x / 4, y / 2, x / 4 + 0.24, y / 2 + 0.48) for y in (0, 1) for x in range(4)]
@@ -255,63 +130,6 @@ def test_features_and_a_mask_need_no_detector(host: Host) -> None:
     alone = guidance(face_encoder=None, mask=["mask", 0]) | mask_of(MIDDLE)
     values = assert_guided(host, alone)
     assert faces(values) == [1] * 4
-
-
-def test_two_nodes_in_a_row_guide_two_places(host: Host) -> None:
-    first = guidance(face_encoder=None, mask=["mask", 0]) | mask_of((0, 0, 0.4, 1))
-    second = guidance(face_encoder=None, model=["guide", 0], mask=["other", 0])["guide"]
-    more = {
-        **first,
-        "other": mask_of((0.6, 0, 1, 1))["mask"],
-        "second": second,
-        "log": node("TestCapture", value=["second", 1], name="second"),
-    }
-    prompt = guided(more, side=128, steps=1)
-    prompt["sample"]["inputs"]["model"] = ["second", 0]
-    values = host.run(prompt)
-    base = host.run(unguided(side=128, steps=1))
-    changed = (latents(values) != latents(base)).any(1)[0]
-    assert changed[:, :7].any() and changed[:, 9:].any() and not changed[:, 7:9].any()
-    assert len(values["log"].runs) == len(values["second"].runs) == 1
-
-
-def test_detailers_sample_again_with_the_same_model(host: Host) -> None:
-    """As Impact's detailers do: another run, on a crop, from the picture of the first."""
-    more = guidance() | {
-        "crop": node("LatentCrop", samples=["sample", 0], width=80, height=64, x=8, y=8),
-        "detail": node("TestCapture", value=["again", 0], name="detail"),
-    }
-    prompt = guided(more, side=96)
-    prompt["again"] = node("KSampler", **prompt["sample"]["inputs"])
-    prompt["again"]["inputs"] |= {"latent_image": ["crop", 0], "denoise": 0.6, "steps": 5}
-    values = host.run(copy.deepcopy(prompt))
-    assert [len(run.steps) for run in values["log"].runs] == [4, 5]
-    assert values["detail"]["samples"].shape == (1, 4, 8, 10)
-    prompt["sample"]["inputs"]["seed"] += 1
-    assert len(host.run(prompt)["log"].runs) == 2  # those before belong to another job
-
-
-def test_inpainting_keeps_what_is_not_masked(host: Host) -> None:
-    more = guidance() | mask_of((0, 0, 0.5, 1))
-    more["area"] = node("SetLatentNoiseMask", samples=["empty", 0], mask=["mask", 0])
-    prompt = guided(more)
-    prompt["sample"]["inputs"]["latent_image"] = ["area", 0]
-    assert latents(host.run(prompt))[..., 4:].abs().max() < 1e-3
-
-
-def test_flow_models_are_guided_at_the_same_noise(host: Host) -> None:
-    """At time t the ratio of noise to signal is t / (1 - t)."""
-    flow = {"flow": node("ModelSamplingSD3", model=["mini", 0], shift=3.0)}
-    named = guidance(model=["flow", 0], window="identity") | flow
-    values = host.run(guided(named, scheduler="simple", steps=12))
-    (run,) = values["log"].runs
-    inside = [sigma for sigma in run.schedule if 0.4 <= sigma <= 5.0]
-    assert len(inside) >= 4 and run.schedule[0] > 100
-    assert [step.sigma for step in run.steps] == pytest.approx(inside, rel=1e-4)
-    half = guidance(model=["flow", 0], start=0.25, end=0.5) | flow
-    (run,) = host.run(guided(half, scheduler="simple", steps=12))["log"].runs
-    share = [1 - step.sigma / (1 + step.sigma) / 1 for step in run.steps]
-    assert 2 <= len(share) < 12 and share == sorted(share)
 
 
 @pytest.mark.parametrize(("window", "count"), [("identity", 3), ("detail", 1), ("paper", 1)])

@@ -10,19 +10,15 @@ from typing import Any
 import pytest
 import torch
 from comfy_host import Host, PromptFailed, blocked
+from guided_runs import latents
 from mini_files import FACE_WIDTH, write_random_world
 from prompts import MIDDLE, guidance, guided, kept, node, unguided
-from torch import Tensor
 
 from difflora_core.mask_aware.decoders import FastDecoder
 from difflora_core.mini_world import MINI_FOLDER
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MASK = {"mask": node("TestRectangle", width=64, height=64, batch=1, box=str(list(MIDDLE)))}
-
-
-def latents(values: dict[str, Any]) -> Tensor:
-    return values["latents"]["samples"]
 
 
 def the_run(values: dict[str, Any]) -> Any:

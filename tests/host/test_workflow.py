@@ -1,4 +1,4 @@
-"""The first workflow runs as it is shipped."""
+"""The first workflow and the one of guidance run as they are shipped."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ import torch
 from comfy_host import Host
 from prompts import node
 
-TWIN = Path(__file__).parents[1] / "data" / "first_light_api.json"
+TWINS = Path(__file__).parents[1] / "data"
+
+
+def twin(name: str) -> dict[str, Any]:
+    return json.loads((TWINS / f"{name}_api.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture
 def first_light() -> dict[str, Any]:
-    return json.loads(TWIN.read_text(encoding="utf-8"))
+    return twin("first_light")
 
 
 def outputs(prompt: dict[str, Any], class_type: str, slot: int = 0) -> list[list[Any]]:
@@ -59,6 +63,23 @@ def test_first_light_draws_the_person(
     values = host.run(keep(first_light, base=base, person=person, crops=crops))
     assert values["crops"].shape[0] == 1
     assert values["person"] > 50 > values["base"]
+
+
+def test_guidance_makes_the_same_seed_resemble_the_person(host: Host, shipped_world: Path) -> None:
+    prompt = twin("mask_aware_guidance")
+    base, ours = outputs(prompt, "DiffLoRA_Likeness", slot=2)
+    report = outputs(prompt, "DiffLoRA_GuidanceReport")[0][0]
+    names = {"curve": [report, 1], "faces": [report, 2], "text": [report, 3]}
+    values = host.run(keep(prompt, base=base, ours=ours, **names))
+    assert mean_percent(values["ours"]) > mean_percent(values["base"]) + 10
+    assert values["curve"].std() > 0.01 and values["faces"].std() > 0.1
+    assert "13 guided steps, from sigma 4.86 to 0.47" in values["text"]
+    saved = {path.name for path in (host.base / "output" / "difflora").glob("guided*.png")}
+    assert len(saved) >= 4
+
+
+def mean_percent(report: str) -> float:
+    return float(report.rpartition("mean: ")[2].removesuffix(" %"))
 
 
 @not_yet
