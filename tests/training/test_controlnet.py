@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from diffusers import ControlNetModel
 from torch import Tensor
 
 from difflora_core.errors import BadConfig, LayoutMismatch
+from difflora_core.mask_aware.perceptual import STAGES
+from difflora_core.weights_file import write_safetensors
 from tests.training.controlnet_world import inputs, randomised, world
 from training.base.models import NOISE_SCHEDULE
 from training.controlnet import stage
@@ -105,7 +108,7 @@ def losses(
     shop: stage.Workshop, objective: ObjectiveConfig, batch: PeopleBatch, t: list[int]
 ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
     """The loss of a prediction that is off by some noise; prediction, noise and schedule too."""
-    loss = stage.mask_aware(shop.base, shop.network, objective)
+    loss = replace(shop.loss, objective=objective)
     torch.manual_seed(0)
     noise = torch.randn_like(batch.latents)
     predicted = (noise + 0.3 * torch.randn_like(noise)).requires_grad_()
@@ -137,7 +140,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(shop: stage.Workshop) -> None
     alpha = _alphas()[t]
     error = (predicted.double() - noise).square().mean((1, 2, 3))
     ldm = error * (5 * (1 - alpha) / alpha).clamp(max=1)
-    loss = stage.mask_aware(shop.base, shop.network, objective)
+    loss = replace(shop.loss, objective=objective)
     noisy = loss.schedule.add_noise(batch.latents, noise, t)
     terms = loss.terms(batch, noisy, predicted, t)
     body, face = terms["body"], terms["face"]
@@ -158,7 +161,7 @@ def test_a_picture_without_faces_gives_their_weight_to_the_rest(shop: stage.Work
     nobody = replace(batch, landmarks=torch.full_like(batch.landmarks, torch.nan))
     objective = ObjectiveConfig(min_snr=0.0)
     found, predicted, noise, t = losses(shop, objective, nobody, [50] * 4)
-    loss = stage.mask_aware(shop.base, shop.network, objective)
+    loss = replace(shop.loss, objective=objective)
     noisy = loss.schedule.add_noise(batch.latents, noise, t)
     body = loss.terms(nobody, noisy, predicted, t)["body"].value
     ldm = (predicted - noise).square().mean((1, 2, 3))
@@ -201,12 +204,37 @@ def test_terms_vanish_where_the_prediction_is_right(shop: stage.Workshop) -> Non
 def test_gradients_reach_the_control_and_nothing_else(shop: stage.Workshop) -> None:
     base, batch = shop.base, batch_of(shop)
     control = randomised(new_control(base.unet))
-    loss = stage.mask_aware(base, shop.network, ObjectiveConfig(body=0.4, face=0.6))
+    loss = replace(shop.loss, objective=ObjectiveConfig(body=0.4, face=0.6))
     noise, t = torch.randn_like(batch.latents), torch.tensor([50] * 4)
     noisy = loss.schedule.add_noise(batch.latents, noise, t)
     predicted = predict_noise(base, control, noisy, t, base.encode(batch.prompts))
     loss.losses(batch, noisy, predicted, noise, t, torch.ones(4))["loss"].backward()
     learned = [p for p in control.parameters() if p.grad is not None and p.grad.abs().sum() > 0]
     assert len(learned) > 0.95 * len(list(control.parameters()))
-    frozen = (base.unet, base.vae, shop.network)
+    frozen = (base.unet, base.vae, shop.loss.network)
     assert all(p.grad is None for module in frozen for p in module.parameters())
+
+
+def test_bodies_can_be_compared_by_lpips(shop: stage.Workshop, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights = {}
+    for number in (n for stage_of in STAGES for n in stage_of):
+        weights[f"features.{number}.weight"] = torch.randn(6, 6 if number else 3, 3, 3) / 4
+        weights[f"features.{number}.bias"] = torch.randn(6) / 10
+    write_safetensors(tmp_path / "vgg.safetensors", weights, {})
+    config = replace(shop.config.controlnet, vgg=(str(tmp_path / "vgg.safetensors"),))
+    loss = stage.open_loss(replace(shop.config, controlnet=config), shop.base)
+    batch = batch_of(shop)
+    x0 = (batch.latents + 0.1 * torch.randn_like(batch.latents)).requires_grad_()
+    body = loss.compare(batch, x0)["body"].value
+    assert loss.lpips is not None
+    with torch.no_grad():
+        pictures = [loss.decoder(latents).pictures for latents in (x0, batch.latents)]
+        maps = loss.lpips(*pictures)
+        whole = torch.ones(len(batch), 1, 64, 64)
+        everywhere = torch.stack([level.mean((1, 2)) for level in maps]).mean(0)
+    unmasked = loss.compare(replace(batch, masks=whole), x0)["body"].value
+    assert unmasked.tolist() == pytest.approx(everywhere.tolist(), rel=1e-4)
+    assert (body - shop.loss.compare(batch, x0)["body"].value).abs().min() > 1e-5
+    body.sum().backward()
+    assert x0.grad is not None and x0.grad.abs().sum() > 0

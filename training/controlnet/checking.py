@@ -22,13 +22,12 @@ from .drawn_people import encoded
 from .objective import MaskAware
 from .people_stage import open_split
 from .read_people import ReadPeople
-from .repaint import PaintSettings, paint
+from .repaint import PaintSettings, own_noise, paint
 
 TIMESTEPS = (25, 75, 150, 300, 600)
 """Where the terms are measured."""
 SHOWN = 6
 """Pictures on a sample sheet."""
-CHUNK = 16
 _STREAM = 9_000_000
 
 
@@ -48,7 +47,7 @@ class Checker:
         schedule, result = NoiseSchedule(self.base.device), {}
         for t in TIMESTEPS:
             sums: dict[str, list[Tensor]] = {}
-            for rows in torch.arange(len(self.batch)).split(CHUNK):
+            for rows in torch.arange(len(self.batch)).split(self.config.controlnet.batch):
                 for name, values in self._terms(control, rows, t, schedule).items():
                     sums.setdefault(name, []).append(values)
             for name, parts in sums.items():
@@ -59,8 +58,8 @@ class Checker:
         self, control: Control | None, rows: Tensor, t: int, schedule: NoiseSchedule
     ) -> dict[str, Tensor]:
         few = self.batch.rows(rows.to(self.base.device))
-        generator = torch.Generator().manual_seed(1000 * t + int(rows[0]))
-        noise = torch.randn(few.latents.shape, generator=generator).to(few.latents)
+        noise = torch.stack([own_noise(1000 * row + t, few.latents.shape[1:]) for row in rows])
+        noise = noise.to(few.latents)
         times = torch.full((len(few),), t, device=self.base.device)
         noisy = schedule.add_noise(few.latents, noise, times)
         context = self.base.encode(few.prompts)

@@ -110,6 +110,9 @@ class ControlnetConfig:
     face_network: str = ""
     """Recogniser of the face term, .safetensors of ours or .onnx as in insightface's packs;
     empty: the recogniser of the mini world."""
+    vgg: tuple[str, ...] = ()
+    """VGG-16 and the weights of the package lpips, as .safetensors: the body term is then LPIPS, as
+    the authors had it; empty: the maps of the VAE's decoder, which need no file."""
     checkpointing: bool = False
     """Keep fewer activations and compute them again (SD 1.5 on small cards)."""
     check: int = 64

@@ -25,9 +25,11 @@ from difflora_core.mask_aware.losses import (
     combine,
     face_distance,
     masked_distance,
+    mean_inside,
 )
 from difflora_core.mask_aware.networks import FaceActivations, FaceNetwork
 from difflora_core.mask_aware.pairing import FlatFaces
+from difflora_core.mask_aware.perceptual import Lpips
 
 from ..base.noise import NoiseSchedule
 from ..base.painter import denoised
@@ -66,6 +68,8 @@ class MaskAware:
     objective: ObjectiveConfig
     decoder: PictureDecoder
     network: FaceNetwork
+    lpips: Lpips | None
+    """Measures bodies instead of the decoder's maps."""
     schedule: NoiseSchedule
 
     @property
@@ -108,12 +112,18 @@ class MaskAware:
         ours = self.decoder(x0)
         with torch.no_grad():
             theirs = self.decoder(batch.latents)
-        masks = batch.masks
-        body = masked_distance(ours.maps, theirs.maps, masks, self.objective.per_person)
-        terms: dict[TermName, Term] = {"body": Term(body, masks.amax((1, 2, 3)) > 0)}
+        present = batch.masks.amax((1, 2, 3)) > 0
+        body = Term(self._bodies(ours, theirs, batch.masks), present)
+        terms: dict[TermName, Term] = {"body": body}
         if self.objective.face:
             terms["face"] = self._faces(ours, theirs, faces)
         return terms
+
+    def _bodies(self, ours: Decoded, theirs: Decoded, masks: Tensor) -> Tensor:
+        per_person = self.objective.per_person
+        if self.lpips is None:
+            return masked_distance(ours.maps, theirs.maps, masks, per_person)
+        return mean_inside(self.lpips(ours.pictures, theirs.pictures), masks, per_person)
 
     def _faces(self, ours: Decoded, theirs: Decoded, faces: FlatFaces) -> Term:
         return self._face_term(faces.crops(ours.pictures), faces.crops(theirs.pictures), faces)

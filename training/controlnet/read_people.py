@@ -99,9 +99,10 @@ class ReadPeople:
         """Encode pictures and fill up to the largest number of people."""
         device = self.base.device
         pixels, prompts, masks, boxes, landmarks = zip(*examples, strict=True)
-        images = torch.stack(pixels).to(device).float() / 255
+        parts = torch.stack(pixels).split(self.settings.batch)
+        latents = [encode_images(self.base.vae, part.to(device).float() / 255) for part in parts]
         return PeopleBatch(
-            encode_images(self.base.vae, images),
+            torch.cat(latents),
             prompts,
             _filled(masks, 0).to(device).float() / 255,
             _filled(boxes, float("nan")).to(device),

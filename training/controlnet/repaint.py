@@ -54,7 +54,7 @@ def paint(
     if first == len(scheduler.timesteps):
         raise ValueError(f"no step below timestep {settings.from_step}: steps are too few")
     context = base.encode([*prompts, *[""] * len(prompts)])
-    noise = torch.stack([_noise(seed, latents.shape[1:]) for seed in seeds]).to(base.device)
+    noise = torch.stack([own_noise(seed, latents.shape[1:]) for seed in seeds]).to(base.device)
     times = scheduler.timesteps[first:]
     scheduler.set_begin_index(first)
     x = NoiseSchedule(base.device).add_noise(latents, noise, times[:1]) if first else noise
@@ -66,6 +66,6 @@ def paint(
     return decode_latents(base.vae, x)
 
 
-def _noise(seed: int, shape: torch.Size) -> Tensor:
+def own_noise(seed: int | Tensor, shape: torch.Size) -> Tensor:
     """Noise of one picture, from a CPU generator as ComfyUI draws it."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(int(seed)))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from difflora_core.errors import BadConfig
-from difflora_core.mask_aware.networks import FaceNetwork, open_face_network
+from difflora_core.mask_aware.networks import open_face_network
+from difflora_core.mask_aware.perceptual import open_lpips
 
 from ..artifacts import artifact
 from ..base.noise import NoiseSchedule
@@ -37,7 +38,8 @@ class Workshop:
 
     config: Config
     base: BaseModel
-    network: FaceNetwork
+    loss: MaskAware
+    """Its objective is replaced by that of each variant."""
     people: People
     checker: Checker
 
@@ -45,10 +47,9 @@ class Workshop:
     def open(cls, config: Config) -> Workshop:
         """Models and data. Errors: MissingArtifact, BadWeightsFile, DiffLoRAError."""
         base = open_base(config)
-        network = open_network(config).to(base.device)
+        loss = open_loss(config, base)
         held = held_out(config, base, config.controlnet.check)
-        checker = Checker(base, config, held, mask_aware(base, network, ObjectiveConfig()))
-        return cls(config, base, network, open_people(config, base), checker)
+        return cls(config, base, loss, open_people(config, base), Checker(base, config, held, loss))
 
 
 def run(config: Config, folder: RunFolder) -> None:
@@ -78,7 +79,7 @@ def train_control(
 ) -> tuple[Control, int]:
     """One ControlNet with its averaged weights, frozen, and the steps it took."""
     config, base, settings = workshop.config, workshop.base, workshop.config.controlnet
-    loss = mask_aware(base, workshop.network, objective)
+    loss = replace(workshop.loss, objective=objective)
     torch.manual_seed(seed)
     control = new_control(base.unet, checkpointing=settings.checkpointing)
 
@@ -107,15 +108,17 @@ def drop_prompts(prompts: tuple[str, ...], share: float) -> list[str]:
     return [prompt if keep else "" for prompt, keep in zip(prompts, kept.tolist(), strict=True)]
 
 
-def mask_aware(base: BaseModel, network: FaceNetwork, objective: ObjectiveConfig) -> MaskAware:
-    """The loss of an objective on a base model."""
-    decoder = PictureDecoder(base.vae, base.upscale)
-    return MaskAware(objective, decoder, network, NoiseSchedule(base.device))
-
-
-def open_network(config: Config) -> FaceNetwork:
-    """The recogniser of the face term. Errors: MissingArtifact, BadWeightsFile."""
-    return open_face_network(config.controlnet.face_network or artifact(config, "recogniser"))
+def open_loss(config: Config, base: BaseModel) -> MaskAware:
+    """The loss with its networks. Errors: MissingArtifact, BadWeightsFile."""
+    settings = config.controlnet
+    network = open_face_network(settings.face_network or artifact(config, "recogniser"))
+    return MaskAware(
+        ObjectiveConfig(),
+        PictureDecoder(base.vae, base.upscale),
+        network.to(base.device),
+        open_lpips(*settings.vgg).to(base.device) if settings.vgg else None,
+        NoiseSchedule(base.device),
+    )
 
 
 def open_people(config: Config, base: BaseModel) -> People:
