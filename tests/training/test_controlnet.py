@@ -197,7 +197,7 @@ def test_faces_alone_decode_windows_and_agree_with_whole_pictures(shop: stage.Wo
 
 def test_terms_vanish_where_the_prediction_is_right(shop: stage.Workshop) -> None:
     batch = batch_of(shop)
-    terms = shop.checker.objective.compare(batch, batch.latents)
+    terms = shop.checker.loss.compare(batch, batch.latents)
     assert all(term.value.abs().max() < 1e-5 for term in terms.values())
 
 

@@ -38,8 +38,8 @@ class Checker:
     base: BaseModel
     config: Config
     batch: PeopleBatch
-    objective: MaskAware
-    """Whose decoder and face network measure; its weights do not matter."""
+    loss: MaskAware
+    """Measures with the weights of its objective left out."""
 
     @torch.no_grad()
     def figures(self, control: Control | None) -> dict[str, float]:
@@ -65,7 +65,7 @@ class Checker:
         context = self.base.encode(few.prompts)
         predicted = predict_noise(self.base, control, noisy, times, context).float()
         kept = schedule.alpha[times][:, None, None, None]
-        terms = self.objective.compare(few, denoised(noisy, predicted, kept))
+        terms = self.loss.compare(few, denoised(noisy, predicted, kept))
         shown = {name: term.value[term.present] for name, term in terms.items()}
         return {"epsilon": schedule.loss(predicted, noise, times), **shown}
 

@@ -80,7 +80,7 @@ class MaskAware:
         self, batch: PeopleBatch, noisy: Tensor, predicted: Tensor, noise: Tensor, t: Tensor,
         weight: Tensor,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """ "loss" and, for the log, means of the terms where they are present.
+        """The loss, and for the log the plain epsilon loss and the terms where they are present.
 
         noisy, predicted, noise [B, 4, h, w]; t [B]; weight [B] of the samples.
         """
