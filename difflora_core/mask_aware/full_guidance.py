@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .guidance import Guide, scaled_step
+from .guidance import Guide
+from .steps import scaled_step
 
 
 def guide_through(

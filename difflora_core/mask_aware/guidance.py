@@ -20,11 +20,15 @@ from ..errors import DiffLoRAError
 from ..face_crop import align
 from .crops import MARGIN, Windows, box_masks, crop_boxes, face_windows, latent_masks
 from .decoders import Decoder, frozen_clone
+from .steps import Plan, masked_rms, scaled_step, smoothed
 from .tracking import FaceRows, Finder, Tracker, WhenLost
 from .window import WINDOWS, SigmaWindow
 
-FALLBACK = 0.1
-"""Without classifier-free guidance: step per unit of spread of the estimate and of sigma."""
+LASTING = 0.3
+"""Share of a step that is assumed to last at the first one."""
+FALLBACK, FALLBACK_POWER = 0.19, 0.75
+"""Without classifier-free guidance a step is FALLBACK sigma^FALLBACK_POWER times the spread of the
+estimate: what scale 3 does in the mini world, within a tenth from sigma 4 down to 0.5."""
 
 
 class FaceLook(Protocol):
@@ -46,14 +50,15 @@ class Faces(Protocol):
 class GuidanceSettings:
     """How strongly, when and how carefully to guide."""
 
-    strength: float = 1.0
-    """Length of a step in units of what classifier-free guidance does; 0 guides nothing."""
+    strength: float = 3.0
+    """Length of a step in units of what classifier-free guidance does; 0 guides nothing. Only a
+    part of it lasts: what the sampler moves towards the estimate before the next one."""
     window: SigmaWindow = WINDOWS["identity"]
     """Noise levels at which steps are guided."""
-    iterations: int = 1
-    """Gradient steps per sampling step; together they are as long as one."""
-    smoothing: float = 0.0
-    """Noise added to the latents whose gradient is taken (Ye et al., 2024, TFG); 0.1 is much."""
+    iterations: int = 3
+    """Gradients per sampling step; together their steps are as long as one."""
+    smoothing: float = 0.5
+    """Share of a step that is smoothed over the face, 0..1: shape and colour rather than detail."""
     margin: int = MARGIN
     """Latents decoded around a face."""
     when_lost: WhenLost = "hold"
@@ -73,18 +78,6 @@ class GuideStep:
     """Faces that were guided, over all pictures."""
     note: str = ""
     """What went otherwise than planned."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What one step works on: N faces of the batch."""
-
-    faces: FaceRows
-    windows: Windows
-    mask: Tensor
-    """[N, 1, height, width] 0..1, where each face's window may change."""
-    length: Tensor
-    """[N] root mean square of the step within the mask."""
 
 
 class Guide:
@@ -126,7 +119,7 @@ class Guide:
             self._references = _unit_rows(references)
             self._mask = None if mask is None else mask.detach().clone().float()
         self._tracker: Tracker | None = None
-        self._noise = torch.Generator().manual_seed(0)
+        self._before = 0.0
 
     def guide(self, x0: Tensor, direction: Tensor | None, cfg: float, sigma: float) -> Tensor:
         """The estimate after guidance, of the same dtype; `x0` itself where nothing is to do.
@@ -137,6 +130,7 @@ class Guide:
             cfg: scale of classifier-free guidance.
             sigma: noise level of the step.
         """
+        lasting = self._lasts(sigma)
         if not self.acts(sigma):
             return x0
         # autograd refuses tensors that were made in inference mode, copies made here are not
@@ -146,7 +140,7 @@ class Guide:
             plan = self.plan(estimate, direction, cfg, sigma)
             if plan is None:
                 return x0
-            guided = self._descend(estimate, plan, sigma)
+            guided = self._descend(estimate, plan, sigma, lasting)
             return torch.where(guided != estimate, guided.to(kept.dtype), kept)
 
     def plan(
@@ -193,25 +187,33 @@ class Guide:
             return False
         return self._mask is None or bool((self._mask > 0).any())
 
-    def _descend(self, estimate: Tensor, plan: Plan, sigma: float) -> Tensor:
+    def _descend(self, estimate: Tensor, plan: Plan, sigma: float, lasting: float) -> Tensor:
+        total = torch.zeros_like(plan.windows.cut(estimate))
         for iteration in range(self.settings.iterations):
-            latents = plan.windows.cut(estimate)
-            gradient, loss, crops = self._gradient(latents, plan)
+            # where the picture will be once the sampler has gone its part of the way: a gradient
+            # at the end of the whole step would correct an error that is never made
+            reached = plan.windows.add_back(estimate, lasting * total)
+            gradient, loss, crops = self._gradient(plan.windows.cut(reached), plan)
             step, note = scaled_step(gradient, plan, self.settings.iterations)
             if iteration == 0:
                 self.note(sigma, plan, loss, crops, note)
-            estimate = plan.windows.add_back(estimate, step)
-        return estimate
+            total = total + step
+        return plan.windows.add_back(estimate, total)
 
     def _gradient(self, latents: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
         leaf = latents.detach().requires_grad_(True)
-        noisy = leaf
-        if self.settings.smoothing:
-            # a generator of our own: the sampler's noise must not depend on guidance
-            noise = torch.randn(leaf.shape, generator=self._noise).to(leaf)
-            noisy = leaf + self.settings.smoothing * noise
-        loss, crops = self.look(noisy, plan)
-        return torch.autograd.grad(loss.sum(), leaf)[0], loss, crops
+        loss, crops = self.look(leaf, plan)
+        gradient = torch.autograd.grad(loss.sum(), leaf)[0]
+        return smoothed(gradient, plan, self.settings.smoothing), loss, crops
+
+    def _lasts(self, sigma: float) -> float:
+        """The share of a change of x_0 that first-order samplers take over: 1 - next / sigma.
+
+        The next noise level is not known; schedules change their pace slowly, so it is taken from
+        the one before.
+        """
+        before, self._before = self._before, sigma
+        return 1 - sigma / before if before > sigma > 0 else LASTING
 
     def _locate(self, estimate: Tensor, sigma: float) -> FaceRows:
         upscale = self.decoder.upscale
@@ -254,32 +256,12 @@ class Guide:
                 pull = direction.detach().clone().float()
             return self.settings.strength * cfg * masked_rms(windows.cut(pull), inside)
         spread = estimate - estimate.mean((2, 3), keepdim=True)
-        return self.settings.strength * FALLBACK * sigma * masked_rms(windows.cut(spread), inside)
+        share = FALLBACK * sigma**FALLBACK_POWER
+        return self.settings.strength * share * masked_rms(windows.cut(spread), inside)
 
     def _note_nothing(self, sigma: float) -> None:
         note = self._tracker.note if self._tracker else ""
         self.log.append(GuideStep(sigma, float("nan"), float("nan"), 0, note or "no face to guide"))
-
-
-def scaled_step(gradient: Tensor, plan: Plan, parts: int = 1) -> tuple[Tensor, str]:
-    """A step [N, C, h, w] down the gradient, as long as planned, zero outside the mask.
-
-    Faces whose gradient is zero or not finite stay as they are; a note says so.
-    """
-    inside = torch.where(plan.mask > 0, gradient, 0.0) * plan.mask
-    size = masked_rms(inside, plan.mask)
-    sound = size.isfinite() & (size > 0) & plan.length.isfinite()
-    scale = torch.where(sound, plan.length / size, 0.0) / parts
-    step = torch.where(sound[:, None, None, None], -inside * scale[:, None, None, None], 0.0)
-    broken = int((~size.isfinite() | ~plan.length.isfinite()).sum())
-    return step, f"gradient of {broken} face(s) not finite: left alone" if broken else ""
-
-
-def masked_rms(maps: Tensor, mask: Tensor) -> Tensor:
-    """Root mean square of [N, C, h, w] where mask [N, 1, h, w] is above zero: [N]."""
-    inside = (mask > 0).to(maps)
-    total = torch.where(mask > 0, maps.square(), 0.0).sum((1, 2, 3))
-    return (total / (inside.sum((1, 2, 3)) * maps.shape[1]).clamp(min=1)).sqrt()
 
 
 def _unit_rows(references: Tensor) -> Tensor:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from difflora_core.errors import DiffLoRAError, NoFaceFound
 from difflora_core.face_crop import align
+from difflora_core.mask_aware.crops import Windows
 from difflora_core.mask_aware.decoders import FastDecoder
 from difflora_core.mask_aware.full_guidance import guide_through
-from difflora_core.mask_aware.guidance import GuidanceSettings, Guide
+from difflora_core.mask_aware.guidance import LASTING, GuidanceSettings, Guide
+from difflora_core.mask_aware.steps import Plan, smoothed
+from difflora_core.mask_aware.tracking import FaceRows
 from difflora_core.mask_aware.window import SigmaWindow
 from tests.core.guidance_parts import (
     Script,
@@ -113,8 +119,7 @@ def test_an_empty_mask_is_the_unguided_run(finder: object) -> None:
 
 
 def test_the_samplers_noise_is_left_alone() -> None:
-    settings = GuidanceSettings(window=ALWAYS, smoothing=0.1, iterations=2)
-    guide = guide_of(settings, mask=square_mask())
+    guide = guide_of(mask=square_mask())
     plain = run_of(lambda x, sigma: x)
     guided = run_of(lambda x, sigma: guide.guide(x, 0.1 * x, 4.0, sigma))
     outside = torch.nn.functional.max_pool2d(square_mask()[:, None], 8)[0, 0] == 0
@@ -134,7 +139,7 @@ def test_gradient_stops_at_the_estimate() -> None:
 def test_a_step_is_as_long_as_guidance_by_words(strength: float, cfg: float, size: float) -> None:
     x0 = latents()
     direction = direction_like(x0, size)
-    guide = guide_of(GuidanceSettings(strength, ALWAYS))
+    guide = guide_of(GuidanceSettings(strength, ALWAYS, iterations=1))
     step = guide.guide(x0, direction, cfg, 1.0) - x0
     inside = (step != 0).any(1, keepdim=True).expand_as(step)
     wanted = strength * cfg * direction[inside].square().mean().sqrt()
@@ -157,9 +162,10 @@ def test_length_does_not_depend_on_the_size_of_the_loss() -> None:
 def test_without_words_the_estimate_sets_the_length(direction: str | None, cfg: float) -> None:
     x0 = latents()
     pull = {None: None, "some": direction_like(x0), "none": torch.zeros_like(x0)}[direction]
-    steps = [guide_of().guide(x0, pull, cfg, sigma) - x0 for sigma in (1.0, 0.5)]
+    once = GuidanceSettings(1.0, ALWAYS, iterations=1)
+    steps = [guide_of(once).guide(x0, pull, cfg, sigma) - x0 for sigma in (1.0, 0.5)]
     assert all(0 < float(step.abs().max()) < 2 for step in steps)
-    assert torch.allclose(steps[0], 2 * steps[1], atol=1e-5)
+    assert torch.allclose(steps[0], 2**0.75 * steps[1], atol=1e-5)
 
 
 @pytest.mark.parametrize("broken", ["network", "decoder", "estimate", "direction"])
@@ -181,13 +187,61 @@ def test_what_is_not_finite_leaves_the_picture_alone(broken: str) -> None:
 def test_iterations_share_one_steps_length() -> None:
     x0 = latents()
     once, thrice = (
-        guide_of(GuidanceSettings(window=ALWAYS, iterations=n)).guide(
+        guide_of(GuidanceSettings(10.0, ALWAYS, iterations=n, smoothing=0.0)).guide(
             x0, direction_like(x0), 6.0, 1.0
         )
         for n in (1, 3)
     )
     assert float((thrice - x0).norm()) <= float((once - x0).norm()) * 1.001
-    assert float(similarity(thrice)) > float(similarity(once))
+    # it is at the part of the way that lasts that they serve better
+    reached = [similarity(x0 + LASTING * (guided - x0)) for guided in (once, thrice)]
+    assert float(reached[1]) > float(reached[0]) + 0.01
+
+
+def test_what_lasts_is_told_by_the_schedule() -> None:
+    x0, pull = latents(), direction_like(latents(), 0.5)
+    settings = GuidanceSettings(window=ALWAYS, iterations=2)
+    slow, fast = guide_of(settings), guide_of(settings)
+    slow.guide(x0, pull, 3.0, 1.001)
+    fast.guide(x0, pull, 3.0, 100.0)
+    # gradients are taken elsewhere, steps stay as long
+    steps = [guide.guide(x0, pull, 3.0, 1.0) - x0 for guide in (slow, fast)]
+    assert not torch.allclose(steps[0], steps[1], atol=1e-4)
+    # where next to nothing lasts, two gradients at one place are one
+    once = guide_of(replace(settings, iterations=1)).guide(x0, pull, 3.0, 1.0) - x0
+    assert float((steps[0] - once).norm()) < 0.1 * float((steps[1] - once).norm())
+
+
+def test_smoothing_leaves_less_detail() -> None:
+    x0, pull = latents(), direction_like(latents())
+    rough, smooth = (
+        guide_of(GuidanceSettings(1.0, ALWAYS, 1, share)).guide(x0, pull, 3.0, 1.0) - x0
+        for share in (0.0, 1.0)
+    )
+
+    def detail(step: Tensor) -> float:
+        face = step[:, :, 9:15, 8:14]
+        return float(face.diff(dim=-1).square().mean() / face.square().mean())
+
+    assert detail(smooth) < 0.5 * detail(rough)
+    # still downhill, as convolution with a Gaussian is a positive map
+    assert float(similarity(x0 + 0.3 * smooth)) > float(similarity(x0))
+
+
+def test_a_smoothed_point_is_a_gaussian_as_wide_as_the_face_asks() -> None:
+    """Against scipy's filter, for a single bright latent in the middle of a face."""
+    gradient = torch.zeros(1, 1, 21, 21)
+    gradient[0, 0, 10, 10] = 1
+    faces = FaceRows(torch.zeros(1).long(), torch.zeros(1).long(), torch.zeros(1, 5, 2))
+    windows = Windows(torch.zeros(1).long(), torch.zeros(1).long(), torch.zeros(1).long(), 21, 21)
+    plan = Plan(faces, windows, torch.ones(1, 1, 21, 21), torch.ones(1))
+    wanted = gaussian_filter(gradient[0, 0].numpy(), 21 / 7, mode="constant", truncate=9)
+    found = smoothed(gradient, plan, 1.0)[0, 0].numpy()
+    middle = slice(6, 15)  # the rows of the filter end at the mask, at their proper weight
+    assert np.allclose(found / found.max(), wanted / wanted.max(), atol=0.02)
+    assert np.allclose(
+        (found / found.max())[middle, middle], (wanted / wanted.max())[middle, middle], atol=0.01
+    )
 
 
 def test_each_picture_has_its_own_references() -> None:
@@ -301,7 +355,7 @@ def test_works_inside_inference_mode() -> None:
 
 
 def test_two_guides_agree() -> None:
-    x0, settings = latents(2), GuidanceSettings(window=ALWAYS, smoothing=0.2)
+    x0, settings = latents(2), GuidanceSettings(window=ALWAYS)
     first, second = (guide_of(settings).guide(x0, None, 1.0, 1.0) for _ in range(2))
     assert torch.equal(first, second)
 
@@ -315,7 +369,8 @@ def test_nowhere_to_look_is_refused() -> None:
 
 def test_through_an_identity_it_is_the_same_step() -> None:
     x0 = latents()
-    direct = guide_of().guide(x0, direction_like(x0), 3.0, 1.0)
+    plain = GuidanceSettings(window=ALWAYS, iterations=1, smoothing=0.0)
+    direct = guide_of(plain).guide(x0, direction_like(x0), 3.0, 1.0)
     through = guide_through(guide_of(), lambda x: 0.5 * x, 2 * x0, x0, direction_like(x0), 3.0, 1.0)
     assert torch.allclose(through, direct, atol=1e-5)
 
