@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import time
 from collections.abc import Iterator
@@ -150,7 +151,9 @@ class GuidedSampling:
         device = model.load_device
         with torch.inference_mode(False):
             decoder = self.fast or vae_decoder(self.vae, model.model.latent_format)
-            comfy.model_management.free_memory(_bytes(decoder) + _bytes(self.network), device)
+        # not within the block: ComfyUI may have to move weights of its own, which are used to it
+        comfy.model_management.free_memory(_bytes(decoder) + _bytes(self.network), device)
+        with torch.inference_mode(False):
             decoder.to(device)
             self.network.to(device)
             check_decoder(decoder, noise, device)
@@ -193,7 +196,8 @@ def _bytes(module: nn.Module | ModuleDecoder) -> int:
 
 def vae_decoder(vae: Any, latents: Any) -> ModuleDecoder:
     """The VAE's own decoder on private weights; `latents` is the model's comfy.latent_formats."""
-    return ModuleDecoder(vae.first_stage_model, latents.process_out)
+    # some formats hold tensors, made in inference mode too
+    return ModuleDecoder(vae.first_stage_model, copy.deepcopy(latents).process_out)
 
 
 def check_fits(latents: Any, vae: Any) -> None:

@@ -114,36 +114,66 @@ def test_wrong_autoencoders_are_explained(host: Host, how: str, sentence: str) -
     assert torch.equal(after["picture"], base["picture"])
 
 
-def test_models_of_sixteen_channels(
-    host: Host, fresh: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("kind", "channels"), [("SDXL", 4), ("SDXL_Playground_2_5", 4), ("SD3", 16), ("Flux", 16)]
+)
+def test_latents_of_other_models(
+    host: Host,
+    fresh: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    channels: int,
 ) -> None:
-    """As SD 3 and Flux have them: the same nodes, and their own way from latents to the VAE."""
+    """The same nodes, and each model's own way from latents to the VAE."""
     import comfy.latent_formats
 
-    write_random_world(tmp_path, channels=16)
+    write_random_world(tmp_path, channels=channels)
     monkeypatch.setattr(host.module("nodes.host"), "MINI_FOLDER", tmp_path)
     init, load_vae = fresh.MiniSD15.__init__, fresh.load_vae
 
-    def sixteen(self: Any, *args: Any) -> None:
+    def other(self: Any, *args: Any) -> None:
         init(self, *args)
-        self.latent_format = comfy.latent_formats.SD3()
+        self.latent_format = getattr(comfy.latent_formats, kind)()
 
     def wide_vae(folder: Path) -> Any:
         vae = load_vae(folder)
-        vae.latent_channels = 16  # ComfyUI reads it off real files, not off a config
+        vae.latent_channels = channels  # ComfyUI reads it off real files, not off a config
         return vae
 
-    monkeypatch.setattr(fresh.MiniSD15, "__init__", sixteen)
+    monkeypatch.setattr(fresh.MiniSD15, "__init__", other)
     monkeypatch.setattr(fresh, "load_vae", wide_vae)
     # ComfyUI takes more than 4 channels of such a model for a picture to inpaint
     monkeypatch.setattr(fresh.MiniSD15, "inpaint_model", lambda self: False)
     prompt = guided(guidance())
-    prompt["empty"] = node("EmptySD3LatentImage", width=64, height=64, batch_size=1)
+    if channels == 16:
+        prompt["empty"] = node("EmptySD3LatentImage", width=64, height=64, batch_size=1)
     values = host.run(prompt)
-    assert latents(values).shape == (1, 16, 8, 8)
+    assert latents(values).shape == (1, channels, 8, 8)
     run = the_run(values)
     assert [step.faces for step in run.steps] == [1] * 4
     assert run.steps[-1].similarity > run.steps[0].similarity
+
+
+@pytest.mark.usefixtures("world")
+def test_room_is_asked_for_as_comfyui_does(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ComfyUI may move weights of its own then, which outside inference mode would fail."""
+    import comfy.model_management as management
+
+    asked, free_memory = [], management.free_memory
+
+    def record(memory: int, *args: Any, **kwargs: Any) -> Any:
+        asked.append((int(memory), torch.is_inference_mode_enabled()))
+        return free_memory(memory, *args, **kwargs)
+
+    monkeypatch.setattr(management, "free_memory", record)
+    prompt = kept(guided(guidance(strength=1.9)), vae=["mini", 2])
+    values = host.run(prompt)
+    vae = values["vae"].first_stage_model
+    decoder = [p for part in (vae.decoder, vae.post_quant_conv) for p in part.parameters()]
+    least = 4 * sum(p.numel() for p in decoder)
+    assert any(least < memory < 2 * least for memory, _mode in asked)
+    assert all(mode for _memory, mode in asked)
 
 
 @pytest.fixture
