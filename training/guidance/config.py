@@ -18,22 +18,22 @@ class GuidanceConfig:
 
     people: int = 25
     """Held-out people, drawn from the seed; each gives one photo."""
-    prompts: int = 10
+    prompts: int = 4
     """Held-out prompts, drawn from the seed."""
     seed: int = 0
     """Draws people, photos, prompts and painting noise; any seed is a fresh held-out set."""
     windows: tuple[str, ...] = ("identity", "detail", "paper", "T=200", "T=400")
     """When to guide: identity, detail, paper, T=N for all timesteps up to N, or HIGH..LOW in
     sigma."""
-    strengths: tuple[float, ...] = (1.0, 2.0, 4.0)
+    strengths: tuple[float, ...] = (1.5, 3.0)
     """How strongly; every window with every strength is a row."""
     modes: tuple[Mode, ...] = ("guided", "full", "predicted")
     """Kinds of rows: guided is the whole grid; full is the gradient through the denoiser, and
     predicted a predicted LoRA without and with guidance, both at the first window only."""
-    iterations: int = 1
-    """Gradient steps per sampling step."""
-    smoothing: float = 0.0
-    """Noise on the latents whose gradient is taken."""
+    iterations: int = 3
+    """Gradients per sampling step; not of the rows full."""
+    smoothing: float = 0.5
+    """Share of a step that is smoothed over the face, 0..1; not of the rows full."""
     factor_pictures: int = 1500
     """Drawn portraits that the reader of identity factors is fitted on."""
     sheet_people: int = 6
