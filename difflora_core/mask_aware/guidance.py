@@ -21,6 +21,7 @@ from ..face_crop import align
 from .crops import MARGIN, Windows, box_masks, crop_boxes, face_windows, latent_masks
 from .decoders import Decoder, frozen_clone
 from .steps import Plan, masked_rms, scaled_step, smoothed
+from .tiles import decode_in_tiles
 from .tracking import FaceRows, Finder, Tracker, WhenLost
 from .window import WINDOWS, SigmaWindow
 
@@ -228,8 +229,7 @@ class Guide:
             )
 
         def decode() -> Tensor:
-            with torch.no_grad():
-                return self.decoder(estimate)
+            return decode_in_tiles(self.decoder, estimate)
 
         return self._tracker.locate(len(estimate), decode, len(self.log), sigma)
 

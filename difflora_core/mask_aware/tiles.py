@@ -1,0 +1,44 @@
+"""Whole pictures from latents in the memory of one tile, for a look without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .crops import MARGIN
+from .decoders import Decoder
+
+TILE = 64
+"""Latents per side of a tile: a picture of SD 1.5's size is one."""
+
+
+@torch.no_grad()
+def decode_in_tiles(decoder: Decoder, latents: Tensor, tile: int = TILE) -> Tensor:
+    """[B, C, h, w] -> [B, 3, upscale h, upscale w], one picture and one tile at a time.
+
+    Each tile is decoded with a margin that is thrown away. A decoder that looks no further than
+    that gives the same picture; where norms and attention span a picture, tiles differ a little in
+    tone, which no detector minds.
+    """
+    scale = decoder.upscale
+    height, width = latents.shape[-2:]
+    pictures = latents.new_zeros(len(latents), 3, scale * height, scale * width)
+    for picture, one in zip(pictures, latents.split(1), strict=True):
+        for top, bottom in _spans(height, tile):
+            for left, right in _spans(width, tile):
+                first, start = max(top - MARGIN, 0), max(left - MARGIN, 0)
+                part = one[..., first : bottom + MARGIN, start : right + MARGIN]
+                rows = slice(scale * (top - first), scale * (bottom - first))
+                columns = slice(scale * (left - start), scale * (right - start))
+                inside = slice(scale * top, scale * bottom), slice(scale * left, scale * right)
+                picture[(slice(None), *inside)] = decoder(part)[0, :, rows, columns]
+    return pictures
+
+
+def _spans(length: int, tile: int) -> Iterator[tuple[int, int]]:
+    """Parts of a side, alike to one latent, none longer than a tile."""
+    count = -(-length // tile)
+    for part in range(count):
+        yield part * length // count, (part + 1) * length // count

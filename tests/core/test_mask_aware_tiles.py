@@ -1,0 +1,44 @@
+"""Decoding in tiles: the same picture, in the memory of one tile."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from difflora_core.mask_aware.tiles import decode_in_tiles
+from tests.core.guidance_parts import tiny_decoder
+
+
+class Watched:
+    """A decoder that notes what it was given."""
+
+    def __init__(self) -> None:
+        self.decoder, self.shapes = tiny_decoder(), []
+        self.upscale = self.decoder.upscale
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        assert not torch.is_grad_enabled()
+        self.shapes.append(tuple(latents.shape))
+        return self.decoder(latents)
+
+    def features(self, latents: Tensor) -> list[Tensor]:
+        return self.decoder.features(latents)
+
+
+@pytest.mark.parametrize("size", [(24, 24), (25, 70), (41, 9)])
+def test_tiles_join_without_a_seam(size: tuple[int, int]) -> None:
+    watched = Watched()
+    latents = torch.randn(2, 4, *size, generator=torch.Generator().manual_seed(0))
+    pictures = decode_in_tiles(watched, latents, tile=24)
+    with torch.no_grad():
+        whole = tiny_decoder()(latents)
+    assert pictures.shape == whole.shape
+    assert (pictures - whole).abs().max() < 1e-5
+    assert all(shape[0] == 1 and max(shape[2:]) <= 24 + 16 for shape in watched.shapes)
+
+
+def test_a_small_picture_is_decoded_at_once() -> None:
+    watched = Watched()
+    decode_in_tiles(watched, torch.zeros(1, 4, 64, 48))
+    assert watched.shapes == [(1, 4, 64, 48)]
