@@ -110,8 +110,9 @@ def _sigmas() -> list[float]:
 
 
 WINDOWS: dict[str, SigmaWindow] = {
-    "identity": SigmaWindow(5.0, 0.4),
+    "identity": SigmaWindow(10.0, 0.4),
     "detail": SigmaWindow(0.57),
     "paper": window_below(PAPER_T),
 }
-"""identity: who it is; detail: late steps, which mostly please the guiding network; paper: T."""
+"""identity: who it is, from the first estimates that show a face to the last that the denoiser still
+tidies up; detail: late steps, which mostly please the guiding network; paper: T."""
