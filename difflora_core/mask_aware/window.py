@@ -114,5 +114,5 @@ WINDOWS: dict[str, SigmaWindow] = {
     "detail": SigmaWindow(0.57),
     "paper": window_below(PAPER_T),
 }
-"""identity: who it is, from the first estimates that show a face to the last that the denoiser still
-tidies up; detail: late steps, which mostly please the guiding network; paper: T."""
+"""identity: who it is, from the first estimates that show a face to the last that the denoiser
+still tidies up; detail: late steps, which mostly please the guiding network; paper: T."""
