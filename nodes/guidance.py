@@ -118,8 +118,8 @@ def strength_inputs() -> list[io.Input]:
             min=0.0,
             max=20.0,
             step=0.1,
-            tooltip="Length of each step, in units of what CFG does. More resembles more, until "
-            "it looks like a mask.",
+            tooltip="Length of each step, in units of what CFG does; a part of it lasts. More "
+            "resembles more, until it looks painted on.",
         )
     ]
 
@@ -181,7 +181,8 @@ def care_inputs() -> list[io.Input]:
                 default=DEFAULTS.iterations,
                 min=1,
                 max=8,
-                tooltip="Looks per step; together they go as far as one. Each takes its time.",
+                tooltip="Looks per step; together they go as far as one. Each takes its time, and "
+                "fewer are less exact.",
             )
         ),
         advanced(
@@ -190,9 +191,9 @@ def care_inputs() -> list[io.Input]:
                 default=DEFAULTS.smoothing,
                 min=0.0,
                 max=1.0,
-                step=0.01,
-                tooltip="Noise on what is looked at, against details that please the recogniser "
-                "only; 0.1 is much.",
+                step=0.05,
+                tooltip="Share of each step that is smoothed over the face: shape and colour "
+                "rather than details that please the recogniser only.",
             )
         ),
     ]

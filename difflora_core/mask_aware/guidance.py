@@ -20,6 +20,8 @@ from ..errors import DiffLoRAError
 from ..face_crop import align
 from .crops import MARGIN, Windows, box_masks, crop_boxes, face_windows, latent_masks
 from .decoders import Decoder, frozen_clone
+from .losses import face_distance
+from .networks import FaceActivations
 from .steps import Plan, masked_rms, scaled_step, smoothed
 from .tiles import decode_in_tiles
 from .tracking import FaceRows, Finder, Tracker, WhenLost
@@ -32,19 +34,12 @@ FALLBACK, FALLBACK_POWER = 0.19, 0.75
 estimate: what scale 3 does in the mini world, within a tenth from sigma 4 down to 0.5."""
 
 
-class FaceLook(Protocol):
-    """What a face network makes of crops."""
-
-    @property
-    def embedding(self) -> Tensor: ...
-
-
 class Faces(Protocol):
     """A frozen face network: crops [N, 3, size, size] in 0..1 to what it sees in them."""
 
     size: int
 
-    def __call__(self, crops: Tensor) -> Any: ...
+    def __call__(self, crops: Tensor) -> FaceActivations: ...
 
 
 @dataclass(frozen=True)
@@ -170,8 +165,9 @@ class Guide:
         points = plan.windows.shifted(plan.faces.landmarks, self.decoder.upscale)
         crops = align(pictures, points, self.size)
         own = plan.faces.picture if len(self._references) > 1 else plan.faces.picture * 0
-        wanted = self._references[own, plan.faces.reference]
-        return 1 - (self.network(crops).embedding * wanted).sum(-1), crops
+        # of the person only an embedding is known, so the face loss compares that
+        wanted = FaceActivations((), self._references[own, plan.faces.reference])
+        return face_distance(self.network(crops), wanted), crops
 
     def note(self, sigma: float, plan: Plan, loss: Tensor, crops: Tensor, note: str = "") -> None:
         """Add a step to the log and its faces to the strips."""
