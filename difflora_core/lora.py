@@ -75,7 +75,7 @@ class LoraLayer:
         return abs(self.scale) * float(squared.sqrt())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LayerOutline:
     """What is known of a layer without its weights."""
 

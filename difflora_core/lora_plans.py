@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -22,7 +22,7 @@ LARGEST = 2**18
 _DAMAGED = "The file is damaged; get it again or save it again."
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LayerPlan:
     """Where the parts of one layer are, and what they make."""
 
@@ -82,6 +82,14 @@ def plan_layer(
     `shape` is that of the base model's weight, None for a model without a table. Raises BadLoraFile
     for what is incomplete or does not fit.
     """
+    plan = checked_plan(name, group, shape, warnings)
+    return plan and with_scale(plan, group, source, scales, warnings)
+
+
+def checked_plan(
+    name: str, group: Group, shape: tuple[int, ...] | None, warnings: list[str]
+) -> LayerPlan | None:
+    """The plan as far as names and shapes tell it, at scale 1."""
     _refuse_incomplete(name, group, shape)
     if _rank_is_zero(group):
         warnings.append(f"{name} has rank 0; left out.")
@@ -90,13 +98,28 @@ def plan_layer(
     _refuse_misfits(name, group, shape)
     pair = group.outline
     assert pair is not None  # the line above has refused what does not fit
-    scale = layer_scale(name, group, source, scales)
-    if scale == 0:
-        warnings.append(f"{name} has alpha 0: no effect here, full effect in kohya's programs.")
     dtype = torch.float16 if pair.up.dtype.itemsize == 1 else pair.up.dtype
     weight = shape or _own_shape(group, pair.sides)
     keys = {role: group.keys[role] for role in group.weights}
-    return LayerPlan(name, group.family, keys, LayerOutline(pair.rank, weight, dtype, scale))
+    return LayerPlan(name, group.family, keys, LayerOutline(pair.rank, weight, dtype))
+
+
+def with_scale(
+    plan: LayerPlan,
+    group: Group,
+    source: TensorSource,
+    scales: ConfiguredScales,
+    warnings: list[str],
+) -> LayerPlan:
+    """The plan at the scale that the file gives the layer."""
+    scale = layer_scale(plan.name, group, source, scales)
+    if scale == plan.outline.scale:
+        return plan
+    if scale == 0:
+        warnings.append(
+            f"{plan.name} has alpha 0: no effect here, full effect in kohya's programs."
+        )
+    return replace(plan, outline=replace(plan.outline, scale=scale))
 
 
 def layer_scale(name: str, group: Group, source: TensorSource, scales: ConfiguredScales) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from statistics import median
 
 import torch
@@ -25,7 +25,7 @@ from .lora_groups import Group, counted, group_parts
 from .lora_indexed import names_by_index
 from .lora_naming import canonical_groups, recognise
 from .lora_offsets import is_norm, read_offsets
-from .lora_plans import LayerPlan, layer_scale, plan_layer
+from .lora_plans import LayerPlan, checked_plan, layer_scale, with_scale
 from .lora_scales import ConfiguredScales
 from .tensor_file import TensorsInMemory, TensorSource
 
@@ -60,6 +60,23 @@ class Contents:
         if self.table:
             return self.table.base
         return self.naming.label.rpartition(",")[0] if self.naming else ""
+
+    @cached_property
+    def checked(self) -> tuple[dict[str, LayerPlan], tuple[str, ...]]:
+        """Plans of all layers with weights, at scale 1, in the order of the model; warnings."""
+        plans, warnings = {}, []
+        for name in self.table.shapes if self.table else self.groups:
+            group = self.groups.get(name)
+            if group is None:
+                continue
+            if not group.families or is_norm(group):
+                if group.keys.keys() <= {"alpha", "scale"}:
+                    warnings.append(f"{name} has an alpha but no weights; left out.")
+                continue
+            shape = self.table.shapes[name] if self.table else None
+            if plan := checked_plan(name, group, shape, warnings):
+                plans[name] = plan
+        return plans, tuple(warnings)
 
 
 def read_lora_tensors(
@@ -167,19 +184,12 @@ def plan_layers(
     contents: Contents, source: TensorSource, scales: ConfiguredScales, warnings: list[str]
 ) -> dict[str, LayerPlan]:
     """Plans of all layers with weights, in the order of the model."""
-    plans = {}
-    table = contents.table
-    for name in (n for n in (table.shapes if table else contents.groups) if n in contents.groups):
-        group = contents.groups[name]
-        if not group.families or is_norm(group):
-            if group.keys.keys() <= {"alpha", "scale"}:
-                warnings.append(f"{name} has an alpha but no weights; left out.")
-            continue
-        shape = table.shapes[name] if table else None
-        plan = plan_layer(name, group, shape, source, scales, warnings)
-        if plan:
-            plans[name] = plan
-    return plans
+    plans, noticed = contents.checked
+    warnings += noticed
+    return {
+        name: with_scale(plan, contents.groups[name], source, scales, warnings)
+        for name, plan in plans.items()
+    }
 
 
 def _warn_of_scales(

@@ -13,7 +13,7 @@ from .operator import Matrix, dense, like
 _CANCELLED = 1e-2
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Certificate:
     """One layer of a result beside the exact one that its method stands for.
 
@@ -67,15 +67,21 @@ def certify_dense(
 
 def certified(rank: int, lost: float, norm: float, sigma: Tensor) -> Certificate:
     """Certificate of a known squared error `lost`; an empty sigma stands for an exact result."""
-    error = lost**0.5 / norm if norm else 0.0
     if not len(sigma):  # nothing was left out, so nothing was decomposed
-        return Certificate(rank, rank, 1.0, error, norm, ())
-    kept = float(sigma[:rank].double().square().sum())
-    return Certificate(
-        rank=rank,
-        full_rank=int((sigma > 1e-9 * float(sigma.amax())).sum()),
-        energy=min(1.0, kept / norm**2) if norm else 1.0,
-        error=error,
-        norm=norm,
-        singular_values=tuple(sigma.to(torch.float32).tolist()),
-    )
+        return Certificate(rank, rank, 1.0, lost**0.5 / norm if norm else 0.0, norm, ())
+    told = torch.tensor([lost, norm], dtype=torch.float64)[:, None].to(sigma.device)
+    return certified_batch(rank, told[0], told[1], sigma[None])[0]
+
+
+def certified_batch(rank: int, lost: Tensor, norm: Tensor, sigma: Tensor) -> list[Certificate]:
+    """Certificates of N layers at one rank: lost [N], norm [N], sigma [N, K]."""
+    least = torch.where(norm > 0, norm, 1.0)  # a layer of zeros has lost nothing
+    errors = (lost.sqrt() / least).tolist()
+    kept = sigma[:, :rank].double().square().sum(-1) / least.square()
+    energies = torch.where(norm > 0, kept, 1.0).clamp_max(1).tolist()
+    full_ranks = (sigma > 1e-9 * sigma.amax(-1, keepdim=True)).sum(-1).tolist()
+    rows = zip(full_ranks, energies, errors, norm.tolist(), sigma.float().tolist(), strict=True)
+    return [
+        Certificate(rank, full, energy, error, size, tuple(values))
+        for full, energy, error, size, values in rows
+    ]

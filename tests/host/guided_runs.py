@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
-from comfy_host import Host
+from comfy_host import Host, PromptFailed
 from prompts import guided, node, unguided
 from torch import Tensor
 
@@ -15,9 +16,13 @@ def latents(values: dict[str, Any]) -> Tensor:
     return values["latents"]["samples"]
 
 
-def steps(values: dict[str, Any]) -> list[Any]:
+def the_run(values: dict[str, Any]) -> Any:
     (run,) = values["log"].runs
-    return run.steps
+    return run
+
+
+def steps(values: dict[str, Any]) -> list[Any]:
+    return the_run(values).steps
 
 
 def faces(values: dict[str, Any]) -> list[int]:
@@ -43,3 +48,8 @@ def assert_guided(host: Host, more: dict[str, Any], **settings: Any) -> dict[str
     assert not torch.equal(latents(values), latents(base))
     assert max(faces(values)) > 0 and not any("not finite" in note for note in notes(values))
     return values
+
+
+def refused(host: Host, more: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(PromptFailed, match=sentence):
+        host.run(guided(more))

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from .models import alphas
 
+STEPS = 1000
+"""Timesteps of the schedule."""
+
 
 class NoiseSchedule:
     """Tables [1000] on one device; t are integer timesteps [B]."""

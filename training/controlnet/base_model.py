@@ -37,11 +37,6 @@ class BaseModel:
     def device(self) -> torch.device:
         return self.unet.device
 
-    @property
-    def upscale(self) -> int:
-        """Pixels per latent, each way."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
 
 def open_base(config: Config) -> BaseModel:
     """The model of `controlnet.model`. Errors: MissingArtifact, DiffLoRAError."""

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from difflora_core.errors import BadConfig
-from difflora_core.mask_aware.crops import MARGIN, crop_boxes, face_windows
 from difflora_core.mask_aware.losses import (
     PRESETS,
     Preset,
@@ -23,22 +22,19 @@ from difflora_core.mask_aware.losses import (
     TermName,
     Weights,
     combine,
-    face_distance,
     masked_distance,
     mean_inside,
 )
-from difflora_core.mask_aware.networks import FaceActivations, FaceNetwork
-from difflora_core.mask_aware.pairing import FlatFaces
+from difflora_core.mask_aware.networks import FaceNetwork
 from difflora_core.mask_aware.perceptual import Lpips
 
-from ..base.noise import NoiseSchedule
+from ..base.noise import STEPS, NoiseSchedule
 from ..base.painter import denoised
+from ..base.picture_decoder import Decoded, PictureDecoder
+from ..face_term import FaceTerm
 from .batches import PeopleBatch
 from .config import ObjectiveConfig
-from .picture_decoder import Decoded, PictureDecoder
 
-STEPS = 1000
-"""Timesteps of the noise schedule."""
 AUTHORS = {"paper": "default", "second": "second", "logged": "logged", "script": "script"}
 """Variants that are settings of the authors, and their presets."""
 CHANGEABLE: Mapping[str, type] = {
@@ -71,6 +67,14 @@ class MaskAware:
     lpips: Lpips | None
     """Measures bodies instead of the decoder's maps."""
     schedule: NoiseSchedule
+
+    @property
+    def faces(self) -> FaceTerm:
+        """The face term with this objective's weights."""
+        objective = self.objective
+        return FaceTerm(
+            self.decoder, self.network, objective.tap_weights, objective.embedding_weight
+        )
 
     @property
     def weights(self) -> Weights:
@@ -108,7 +112,7 @@ class MaskAware:
         """Terms [B] of estimates x0 (scaled latents) against the batch's own pictures."""
         faces = batch.faces()
         if not self.objective.body:
-            return {"face": self._face_windows(batch, x0, faces)}
+            return {"face": self.faces.of_latents(x0, batch.latents, faces)}
         ours = self.decoder(x0)
         with torch.no_grad():
             theirs = self.decoder(batch.latents)
@@ -116,7 +120,7 @@ class MaskAware:
         body = Term(self._bodies(ours, theirs, batch.masks), present)
         terms: dict[TermName, Term] = {"body": body}
         if self.objective.face:
-            terms["face"] = self._faces(ours, theirs, faces)
+            terms["face"] = self.faces.of_pictures(ours.pictures, theirs.pictures, faces)
         return terms
 
     def _bodies(self, ours: Decoded, theirs: Decoded, masks: Tensor) -> Tensor:
@@ -124,34 +128,6 @@ class MaskAware:
         if self.lpips is None:
             return masked_distance(ours.maps, theirs.maps, masks, per_person)
         return mean_inside(self.lpips(ours.pictures, theirs.pictures), masks, per_person)
-
-    def _faces(self, ours: Decoded, theirs: Decoded, faces: FlatFaces) -> Term:
-        return self._face_term(faces.crops(ours.pictures), faces.crops(theirs.pictures), faces)
-
-    def _face_windows(self, batch: PeopleBatch, x0: Tensor, faces: FlatFaces) -> Term:
-        """The face term alone: only windows around faces are decoded, of both in the same way."""
-        if not len(faces):
-            nothing = x0.new_zeros(len(batch))
-            return Term(nothing, nothing > 0)
-        size = (x0.shape[-2], x0.shape[-1])
-        boxes = crop_boxes(faces.landmarks)
-        windows = face_windows(faces.picture, boxes, size, self.decoder.upscale, MARGIN)
-        moved = replace(
-            faces,
-            picture=torch.arange(len(faces)),
-            landmarks=windows.shifted(faces.landmarks, self.decoder.upscale),
-        )
-        ours = self.decoder(windows.cut(x0)).pictures
-        with torch.no_grad():
-            theirs = self.decoder(windows.cut(batch.latents)).pictures
-        return self._face_term(moved.crops(ours), moved.crops(theirs), faces)
-
-    def _face_term(self, ours: Tensor, theirs: Tensor, faces: FlatFaces) -> Term:
-        with torch.no_grad():
-            wanted: FaceActivations = self.network(theirs)
-        taps = self.objective.tap_weights or None
-        weight = self.objective.embedding_weight
-        return faces.per_picture(face_distance(self.network(ours), wanted, taps, weight))
 
 
 def objective_of(variant: str, own: ObjectiveConfig) -> ObjectiveConfig:

@@ -14,6 +14,7 @@ from difflora_core.mask_aware.perceptual import open_lpips
 
 from ..artifacts import artifact
 from ..base.noise import NoiseSchedule
+from ..base.picture_decoder import PictureDecoder
 from ..budget import train
 from ..config import Config
 from ..run_folder import RunFolder
@@ -26,7 +27,6 @@ from .drawn_people import DrawnPeople
 from .export import export
 from .objective import MaskAware, draw_steps, objective_of
 from .people_stage import open_split
-from .picture_decoder import PictureDecoder
 from .read_people import ReadPeople
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def open_loss(config: Config, base: BaseModel) -> MaskAware:
     network = open_face_network(settings.face_network or artifact(config, "recogniser"))
     return MaskAware(
         ObjectiveConfig(),
-        PictureDecoder(base.vae, base.upscale),
+        PictureDecoder(base.vae),
         network.to(base.device),
         open_lpips(*settings.vgg).to(base.device) if settings.vgg else None,
         NoiseSchedule(base.device),

@@ -78,6 +78,11 @@ class FinetuneTraining:
     optim.steps; 0 = optim.steps."""
     shrink: float = 1e-4
     """Weight of the mean squared LoRA value, which keeps unused directions at zero."""
+    face: float = 0.3
+    """Share of the face term of the mask-aware loss, seen by the conditioning recogniser; what is
+    left of 1 goes to the denoising loss."""
+    face_last: int = 900
+    """The face term counts at timesteps below, where the estimate of the picture shows a face."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(steps=6000, lr=5e-4, warmup=200, ema=0.999)
     )

@@ -1,8 +1,9 @@
 """Stage finetune-predictor: the whole predictor through the frozen U-Net.
 
-The loss is the U-Net's own denoising loss on other pictures of the person in the photo, so no LoRA
-data set limits how many people it sees. The predictor is trained on its own few-step sampling: a
-random number of steps without gradient, then one with.
+The loss is the U-Net's own denoising loss on other pictures of the person in the photo, with the
+face term of the mask-aware loss beside it, so no LoRA data set limits how many people it sees. The
+predictor is trained on its own few-step sampling: a random number of steps without gradient, then
+one with.
 """
 
 from __future__ import annotations
@@ -10,14 +11,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from difflora_core.mask_aware.losses import Term, Weights, combine
+from difflora_core.mask_aware.networks import open_face_network
+from difflora_core.mask_aware.pairing import FlatFaces
 from difflora_core.mif import Condition
 from difflora_core.predictor import Predictor
 
-from ..base.noise import NoiseSchedule
-from ..base.painter import Painter
+from ..artifacts import artifact
+from ..base.noise import STEPS, NoiseSchedule
+from ..base.painter import Painter, denoised
+from ..base.picture_decoder import PictureDecoder
 from ..base.side_path import Factors, spread_factors
 from ..budget import train
 from ..config import Config
+from ..face_term import FaceTerm
 from ..loras.stage import lora_space
 from ..run_folder import RunFolder
 from .autoencoder_stage import new_predictor
@@ -44,7 +51,7 @@ def run(config: Config, folder: RunFolder) -> None:
         settings.optim,
         config.run,
         folder.part(name),
-        EndToEnd(predictor, painter, pool, settings).step,
+        EndToEnd(predictor, painter, pool, open_face_term(config, painter), settings).step,
         batch=settings.batch * settings.per_person,
         minutes=settings.minutes,
     )
@@ -62,17 +69,25 @@ def fresh_predictor(config: Config, pool: PeoplePool) -> Predictor:
     return predictor.to(config.run.torch_device())
 
 
+def open_face_term(config: Config, painter: Painter) -> FaceTerm:
+    """Seen by the recogniser that predictors are conditioned on. Errors: BadWeightsFile."""
+    network = open_face_network(artifact(config, "recogniser")).to(painter.device)
+    return FaceTerm(PictureDecoder(painter.vae), network)
+
+
 class EndToEnd:
-    """One training step: photo -> latent -> LoRA -> U-Net -> loss."""
+    """One training step: photo -> latent -> LoRA -> U-Net -> face -> loss."""
 
     def __init__(
         self,
         predictor: Predictor,
         painter: Painter,
         pool: PeoplePool,
+        faces: FaceTerm,
         config: FinetuneTraining,
     ) -> None:
         self.predictor, self.painter, self.pool, self.config = predictor, painter, pool, config
+        self.faces = faces
         self.schedule = NoiseSchedule(painter.device)
 
     def step(self, i: int) -> dict[str, Tensor]:
@@ -84,9 +99,9 @@ class EndToEnd:
         vectors = self.predictor.decode(self.own_estimate(condition, i % config.rollout))
         shuffled = torch.rand(config.batch, config.pictures, device=device).argsort(1)
         which = shuffled[:, : config.per_person]
-        plain, weighted = self.painting_loss(vectors, people, which)
+        losses = self.painting_loss(vectors, people, which)
         size = vectors.square().mean()
-        return {"loss": weighted + config.shrink * size, "epsilon": plain, "size": size}
+        return losses | {"loss": losses["loss"] + config.shrink * size, "size": size}
 
     def own_estimate(self, condition: Condition, done: int) -> Tensor:
         """The predictor's estimate of z_0 after `done` of its sampling steps from pure noise."""
@@ -100,21 +115,37 @@ class EndToEnd:
                 z = self.predictor.diffusion.step(self.predictor.denoise(z, t, condition), z, t, s)
         return self.predictor.denoise(z, times[done].expand(rows), condition)
 
-    def painting_loss(
-        self, vectors: Tensor, people: Tensor, which: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Mean epsilon loss and its weighted form on pictures `which` [B, m] of the people [B]."""
-        latents = self.pool.latents[people[:, None], which].flatten(0, 1).float()
-        prompts = self.pool.prompts[people[:, None], which].flatten(0, 1).long()
+    def painting_loss(self, vectors: Tensor, people: Tensor, which: Tensor) -> dict[str, Tensor]:
+        """The loss on pictures `which` [B, m] of the people [B], and what to log of it."""
+        rows = people[:, None]
+        latents = self.pool.latents[rows, which].flatten(0, 1).float()
+        prompts = self.pool.prompts[rows, which].flatten(0, 1).long()
         noise = torch.randn_like(latents)
-        t = self._integers(1000, len(latents))
+        t = self._integers(STEPS, len(latents))
         context = self.painter.text(prompts).last_hidden_state
+        noisy = self.schedule.add_noise(latents, noise, t)
         with self.painter.side_path.using(self.factors(vectors, which.shape[1])):
-            noisy = self.schedule.add_noise(latents, noise, t)
-            predicted = self.painter.unet(noisy, t, context).sample
+            predicted = self.painter.unet(noisy, t, context).sample.float()
+        x0 = denoised(noisy, predicted, self.schedule.alpha[t][:, None, None, None])
+        face = self.face_term(x0, latents, people, which, t)
         plain = self.schedule.loss(predicted, noise, t)
-        weight = self.schedule.min_snr_weight(t, self.config.min_snr)
-        return plain.mean(), (plain * weight).mean()
+        ldm = plain * self.schedule.min_snr_weight(t, self.config.min_snr)
+        weights = Weights(face=self.config.face, body=0.0)
+        loss = combine(ldm, {"face": face}, weights).mean()
+        shown = face.value.sum() / face.present.sum().clamp_min(1)
+        return {"loss": loss, "epsilon": plain.mean(), "face": shown}
+
+    def face_term(
+        self, x0: Tensor, latents: Tensor, people: Tensor, which: Tensor, t: Tensor
+    ) -> Term:
+        """Distance of the faces of estimates x0 from those of `latents`, where t < face_last."""
+        rows = people[:, None]
+        boxes = self.pool.boxes[rows, which].flatten(0, 1)
+        points = self.pool.landmarks[rows, which].flatten(0, 1)
+        usable = boxes.isfinite().all(1) & points.isfinite().all((1, 2))
+        seen = (usable & (t < self.config.face_last) & (self.config.face > 0)).nonzero()[:, 0]
+        faces = FlatFaces(seen, boxes[seen], points[seen], len(x0))
+        return self.faces.of_latents(x0, latents, faces)
 
     def factors(self, vectors: Tensor, times: int) -> Factors:
         """LoRA vectors [B, D] -> factors for a batch with each person `times` times in a row."""

@@ -25,10 +25,16 @@ _PARALLEL_FROM = 2_000
 
 @dataclass(frozen=True)
 class PeoplePool:
-    """latents [N, K, 4, 16, 16] half precision, prompts [N, K, 77] table rows, photos [N, J]."""
+    """N people with K pictures and J photos each."""
 
     latents: Tensor
+    """Scaled, [N, K, 4, 16, 16], half precision."""
     prompts: Tensor
+    """Table rows, [N, K, 77]."""
+    boxes: Tensor
+    """Of faces in pixels, [N, K, 4]."""
+    landmarks: Tensor
+    """In pixels, [N, K, 5, 2]."""
     photos: Embeddings
 
     def __len__(self) -> int:
@@ -43,14 +49,18 @@ def build_people_pool(
     generator = torch.Generator().manual_seed(seed)
     scenes = [_pictures(few, config.pictures, generator) for few in people.split(_CHUNK)]
     prompts = _speak_all(scenes, seed)
-    latents = [
-        encode_images(painter.vae, render(scene.to(painter.device)).images).half()
-        for scene in scenes
-    ]
+    latents, boxes, landmarks = [], [], []
+    for scene in scenes:
+        drawn = render(scene.to(painter.device))
+        latents.append(encode_images(painter.vae, drawn.images).half())
+        boxes.append(drawn.boxes[:, 0])
+        landmarks.append(drawn.landmarks[:, 0])
     shape = (config.people, config.pictures)
     return PeoplePool(
         torch.cat(latents).view(*shape, 4, 16, 16),
         torch.cat(prompts).short().to(painter.device).view(*shape, -1),
+        torch.cat(boxes).view(*shape, 4),
+        torch.cat(landmarks).view(*shape, 5, 2),
         encoders.embed_people(people, config.photos, seed + 1),
     )
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..base.models import Vae
+from .models import Vae
 
 COMPARED = 3
 """Stages of the decoder whose maps are compared; the last one is little else than the picture."""
@@ -31,7 +31,11 @@ class PictureDecoder:
     """diffusers' AutoencoderKL as a differentiable function of scaled latents."""
 
     vae: Vae
-    upscale: int
+
+    @property
+    def upscale(self) -> int:
+        """Pixels per latent cell, each way."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def __call__(self, latents: Tensor) -> Decoded:
         """Scaled latents [B, 4, h, w] -> pictures and maps."""
