@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -85,13 +86,37 @@ def test_end_to_end_gradients_reach_every_part(config: Config) -> None:
         for parameter in predictor.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.02)
-    stage = finetune_stage.EndToEnd(predictor, painter, pool, settings)
+    faces = finetune_stage.open_face_term(config, painter)
+    stage = finetune_stage.EndToEnd(predictor, painter, pool, faces, settings)
     stage.step(1)["loss"].backward()
     for part in finetune_stage.PARTS:
         learned = [p for n, p in getattr(predictor, part).named_parameters() if "encoder" not in n]
         reached = [p for p in learned if p.grad is not None and p.grad.abs().sum() > 0]
         assert len(reached) > 0.6 * len(learned), part
     assert all(p.grad is None for p in painter.unet.parameters())
+
+
+def test_the_face_term_sees_faces_and_stops_where_noise_hides_them(config: Config) -> None:
+    settings, painter = config.predictor.finetune, Painter.open(config)
+    pool = build_people_pool(painter, PhotoEncoders(config), settings, 0)
+    faces = finetune_stage.open_face_term(config, painter)
+    stage = finetune_stage.EndToEnd(
+        finetune_stage.fresh_predictor(config, pool), painter, pool, faces, settings
+    )
+    people, which = torch.arange(4), torch.tensor([[0], [1], [0], [1]])
+    truth = pool.latents[people[:, None], which].flatten(0, 1).float()
+    others = truth.roll(1, 0).requires_grad_()
+    t = torch.tensor([10, 500, settings.face_last - 1, settings.face_last])
+    same, other = (stage.face_term(x, truth, people, which, t) for x in (truth, others))
+    assert same.present.tolist() == other.present.tolist() == [True, True, True, False]
+    torch.testing.assert_close(same.value, torch.zeros(4), atol=1e-5, rtol=0)
+    assert (other.value[:3] > 1e-3).all() and other.value[3] == 0
+    other.value.sum().backward()
+    assert others.grad is not None
+    assert (others.grad.abs().amax((1, 2, 3)) > 0).tolist() == [True, True, True, False]
+    off = dataclasses.replace(settings, face=0.0)
+    blind = finetune_stage.EndToEnd(stage.predictor, painter, pool, faces, off)
+    assert not blind.face_term(others, truth, people, which, t).present.any()
 
 
 def test_pools_and_photos_show_the_people_asked_for(config: Config) -> None:
