@@ -1,4 +1,4 @@
-"""`python -m benchmarks NAME --json OUT`; NAME is predict, factory, merge, guidance or all."""
+"""`python -m benchmarks NAME --json OUT`, one of them or all."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ BENCHMARKS = {
     "predict": predict.run,
     "factory": factory.run,
     "merge": merge.run,
+    "merge_files": merge.run_files,
     "guidance": guidance.run,
 }
 

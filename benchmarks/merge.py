@@ -30,15 +30,17 @@ RANK = 16
 SETS = {"3xr16": (16,) * 3, "5xr32": (32,) * 5, "5xr128": (128,) * 5, "mixed": (4, 16, 64, 128)}
 #: singular values of trained LoRAs fall about like this power of their number
 DECAY = 1.0
-ROUNDS = 2
+ROUNDS, FILE_ROUNDS = 2, 5
 
 Shape = tuple[int, int]
 
 
 def run() -> list[Case]:
-    cases = [in_own_process(partial(in_memory, size, name)) for size in (560, 700) for name in SETS]
-    files = {f"5xr{rank}": (rank,) * 5 for rank in (4, 16, 128)}
-    return [*cases, *(from_files(name, ranks) for name, ranks in files.items())]
+    return [in_own_process(partial(in_memory, size, name)) for size in (560, 700) for name in SETS]
+
+
+def run_files() -> list[Case]:
+    return [from_files(f"5xr{rank}", (rank,) * 5) for rank in (4, 16, 128)]
 
 
 def layer_shapes(size: int) -> dict[str, Shape]:
@@ -198,7 +200,7 @@ def write_set(folder: Path, ranks: Sequence[int]) -> Case:
 def file_to_file(folder: Path, name: str, count: int) -> Case:
     paths = [folder / f"{i}.safetensors" for i in range(count)]
     times: dict[str, list[float]] = {"ours": [], "read_write_floor": []}
-    for number in range(ROUNDS + 1):
+    for number in range(FILE_ROUNDS + 1):
         for side, work in (("ours", merge_files), ("read_write_floor", read_and_write)):
             begin = time.perf_counter()
             work(paths, folder / "merged.safetensors")
