@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,10 @@ def deltas(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
     assert one.keys() == other.keys() and one
     assert all(torch.allclose(one[key], other[key], atol=1e-6) for key in one)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
@@ -94,3 +99,20 @@ def test_missing_face_pack_is_explained(host: Host, world: Path) -> None:
     error = host.module("difflora_core.errors").BadWeightsFile
     with pytest.raises(error, match="The face pack 'nobody' is not in"):
         open_encoder("nobody")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on file sizes")
+def test_a_full_disk_is_explained_and_leaves_nothing(host: Host, world: Path) -> None:
+    """A process that may write 16 kB only fails in the middle of the file."""
+    import resource
+
+    folder = host.base / "models" / "loras"
+    before = contents(folder)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16_384, hard))
+    try:
+        with pytest.raises(PromptFailed, match="could not be written: File too large.*free space"):
+            saved_lora(host)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert contents(folder) == before
