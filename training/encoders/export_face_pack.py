@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from difflora_core.recogniser import Recogniser
 
-from ..artifacts import artifact, artifacts_folder, read_artifact, record_artifact
+from ..artifacts import artifact, artifacts_folder, read_artifact, read_manifest, record_artifact
 from ..config import Config
 from ..run_folder import RunFolder
 from .detector_net import Detector, ExportedDetector
@@ -36,7 +36,10 @@ def run(config: Config, folder: RunFolder) -> None:
     detector = Detector(tuple(header["widths"]))
     detector.load_state_dict(_single(tensors))
     error = export_detector(detector.eval(), place / DETECTOR_FILE)
-    record_artifact(config, DETECTOR_FILE, {"largest_difference": error} | header["figures"])
+    # the detector itself is not shipped, so what trained it is told with the file made of it
+    training = read_manifest(place).get("detector.safetensors", {}).get("command", "")
+    figures = {"training": training, "largest_difference": error} | header["figures"]
+    record_artifact(config, DETECTOR_FILE, figures)
     recogniser = Recogniser.open(artifact(config, "recogniser"))
     error = export_recogniser(recogniser, place / RECOGNISER_FILE)
     record_artifact(config, RECOGNISER_FILE, {"largest_difference": error})
