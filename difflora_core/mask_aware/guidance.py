@@ -46,12 +46,12 @@ class Faces(Protocol):
 class GuidanceSettings:
     """How strongly, when and how carefully to guide."""
 
-    strength: float = 3.0
+    strength: float = 2.5
     """Length of a step in units of what classifier-free guidance does; 0 guides nothing. Only a
     part of it lasts: what the sampler moves towards the estimate before the next one."""
     window: SigmaWindow = WINDOWS["identity"]
     """Noise levels at which steps are guided."""
-    iterations: int = 3
+    iterations: int = 2
     """Gradients per sampling step; together their steps are as long as one."""
     smoothing: float = 0.5
     """Share of a step that is smoothed over the face, 0..1: shape and colour rather than detail."""
