@@ -49,12 +49,6 @@ def test_first_light_runs_on_random_weights(
     assert {"base", "pers"} <= saved
 
 
-#: What the shipped weights must do and do not do yet: they were trained for minutes on a CPU (see
-#: training/RESULTS.md). Strict, so that better weights show up as a failure and end the excuse.
-not_yet = pytest.mark.xfail(strict=True, reason="the shipped weights are a first, short training")
-
-
-@not_yet
 def test_first_light_draws_the_person(
     host: Host, shipped_world: Path, first_light: dict[str, Any]
 ) -> None:
@@ -82,7 +76,6 @@ def mean_percent(report: str) -> float:
     return float(report.rpartition("mean: ")[2].removesuffix(" %"))
 
 
-@not_yet
 def test_faces_of_a_group_are_numbered(host: Host, shipped_world: Path) -> None:
     names = host.module("nodes.example").people()[:2]
     photos = [node("DiffLoRA_ExamplePhoto", person=name) for name in names]
