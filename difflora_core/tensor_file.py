@@ -231,10 +231,11 @@ def _parsed(header: bytes) -> object:
     A key that is there twice is lost in reading; written again, its quotes are missing. The rest is
     only looked for where it can be: a spelled-out character may be a quote, or half of one.
     """
-    if b"\\u" in header:
-        return json.loads(header, object_pairs_hook=_without_doubles)
-    content = json.loads(header)
-    if header.count(b'"') != json.dumps(content, ensure_ascii=False).count('"'):
+    text = header.decode()  # UTF-8, as the format has it: json would guess at other encodings
+    if "\\u" in text:
+        return json.loads(text, object_pairs_hook=_without_doubles)
+    content = json.loads(text)
+    if text.count('"') != json.dumps(content, ensure_ascii=False).count('"'):
         raise ValueError("a key is there twice")
     return content
 

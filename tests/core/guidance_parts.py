@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from difflora_core.face import Face
-from difflora_core.face_crop import TEMPLATE
+from difflora_core.face_crop import TEMPLATE, align
 from difflora_core.mask_aware.decoders import FastDecoder
+from difflora_core.mask_aware.guidance import GuidanceSettings, Guide
 from difflora_core.mask_aware.networks import FaceActivations
 from difflora_core.mask_aware.tracking import Finder
+from difflora_core.mask_aware.window import SigmaWindow
 from difflora_core.photos import Pixels
 
 LATENTS = (4, 24, 24)
@@ -76,3 +78,39 @@ class Script:
     def __call__(self, picture: Pixels) -> list[Face]:
         self.calls += 1
         return list(self.answers[min(self.calls, len(self.answers)) - 1])
+
+
+ALWAYS = SigmaWindow(1e6)
+FACE = face_at(64, 72)
+
+
+def guide_of(
+    settings: GuidanceSettings | None = None, *, wanted: Tensor | None = None, **parts: object
+) -> Guide:
+    """A guide that knows one face at FACE unless told otherwise, and decodes all it depends on."""
+    chosen: dict = {"finder": always(FACE)} | parts
+    settings = settings or GuidanceSettings(window=ALWAYS, margin=8)
+    wanted = references(1) if wanted is None else wanted
+    return Guide(tiny_decoder(), TinyFaceNetwork(), wanted, settings, **chosen)
+
+
+def square_mask(batch: int = 1) -> Tensor:
+    """Covers the upper left of FACE, in pixels; its edge cuts latents in half."""
+    mask = torch.zeros(batch, 192, 192)
+    mask[:, 60:100, 60:84] = 1
+    return mask
+
+
+def similarity(x0: Tensor, face: Face = FACE, wanted: Tensor | None = None) -> Tensor:
+    """Cosines [B, R] of the face of each picture to the references."""
+    return seen(x0, face) @ (references(1) if wanted is None else wanted).T
+
+
+def seen(x0: Tensor, face: Face) -> Tensor:
+    """What the network sees at the place of `face` in each picture."""
+    points = torch.from_numpy(face.landmarks)[None].expand(len(x0), 5, 2)
+    return TinyFaceNetwork()(align(tiny_decoder()(x0), points)).embedding
+
+
+def direction_like(x0: Tensor, size: float = 0.05) -> Tensor:
+    return size * torch.randn(x0.shape, generator=torch.Generator().manual_seed(9)).to(x0.dtype)

@@ -11,8 +11,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
-from difflora_core.errors import DiffLoRAError, NoFaceFound
-from difflora_core.face_crop import align
+from difflora_core.errors import DiffLoRAError
 from difflora_core.mask_aware.crops import Windows
 from difflora_core.mask_aware.decoders import FastDecoder
 from difflora_core.mask_aware.full_guidance import guide_through
@@ -21,45 +20,20 @@ from difflora_core.mask_aware.steps import Plan, smoothed
 from difflora_core.mask_aware.tracking import FaceRows
 from difflora_core.mask_aware.window import SigmaWindow
 from tests.core.guidance_parts import (
-    Script,
+    ALWAYS,
+    FACE,
     TinyFaceNetwork,
     always,
-    face_at,
+    direction_like,
+    guide_of,
     latents,
     references,
+    similarity,
+    square_mask,
     tiny_decoder,
 )
 
-ALWAYS = SigmaWindow(1e6)
-FACE = face_at(64, 72)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def guide_of(
-    settings: GuidanceSettings | None = None, *, wanted: Tensor | None = None, **parts: object
-) -> Guide:
-    """A guide that knows one face at FACE unless told otherwise, and decodes all it depends on."""
-    chosen: dict = {"finder": always(FACE)} | parts
-    settings = settings or GuidanceSettings(window=ALWAYS, margin=8)
-    wanted = references(1) if wanted is None else wanted
-    return Guide(tiny_decoder(), TinyFaceNetwork(), wanted, settings, **chosen)
-
-
-def square_mask(batch: int = 1) -> Tensor:
-    """Covers the upper left of FACE, in pixels; its edge cuts latents in half."""
-    mask = torch.zeros(batch, 192, 192)
-    mask[:, 60:100, 60:84] = 1
-    return mask
-
-
-def similarity(x0: Tensor, face: object = FACE, wanted: Tensor | None = None) -> Tensor:
-    points = torch.from_numpy(face.landmarks)[None].expand(len(x0), 5, 2)  # type: ignore[attr-defined]
-    seen = TinyFaceNetwork()(align(tiny_decoder()(x0), points)).embedding
-    return seen @ (references(1) if wanted is None else wanted).T
-
-
-def direction_like(x0: Tensor, size: float = 0.05) -> Tensor:
-    return size * torch.randn(x0.shape, generator=torch.Generator().manual_seed(9)).to(x0.dtype)
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -244,96 +218,6 @@ def test_a_smoothed_point_is_a_gaussian_as_wide_as_the_face_asks() -> None:
     )
 
 
-def test_each_picture_has_its_own_references() -> None:
-    x0, wanted = latents(2), references(2)
-    guide = guide_of(wanted=wanted[:, None])
-    guided = x0
-    for _ in range(10):
-        guided = guide.guide(guided, direction_like(x0), 3.0, 1.0)
-    rise = similarity(guided, wanted=wanted) - similarity(x0, wanted=wanted)
-    assert rise[0, 0] > rise[0, 1] + 0.1 and rise[1, 1] > rise[1, 0] + 0.1
-
-
-def test_faces_of_a_picture_go_to_the_references_they_resemble() -> None:
-    left, right = face_at(16, 30), face_at(120, 100)
-    x0 = latents()
-    # the left face already leans towards the second reference, the right one to the first
-    wanted = torch.cat([_seen(x0, right), _seen(x0, left)]) + 0.5 * references(2)
-    wanted = torch.nn.functional.normalize(wanted, dim=-1)
-    guide = guide_of(wanted=wanted, finder=always(left, right))
-    guided = x0
-    for _ in range(8):
-        guided = guide.guide(guided, direction_like(x0), 3.0, 1.0)
-    for face, own in ((left, 1), (right, 0)):
-        rise = similarity(guided, face, wanted) - similarity(x0, face, wanted)
-        assert float(rise[0, own]) > 0.03
-    assert guide.log[-1].faces == 2
-    # overlapping nothing, each face is changed as if it were alone
-    alone = guide_of(wanted=wanted[1:], finder=always(left)).guide(x0, direction_like(x0), 3.0, 1.0)
-    both = guide_of(wanted=wanted, finder=always(left, right)).guide(
-        x0, direction_like(x0), 3.0, 1.0
-    )
-    assert torch.allclose(both[..., :12], alone[..., :12], atol=1e-5)
-
-
-def test_pictures_of_a_batch_may_have_different_faces() -> None:
-    finder = Script([[face_at(10, 10), face_at(100, 100)], [], [face_at(60, 60)]])
-    x0, guide = latents(3), guide_of(wanted=references(2), finder=finder)
-    changed = (guide.guide(x0, direction_like(x0), 3.0, 1.0) != x0).flatten(1).any(1)
-    assert changed.tolist() == [True, False, True]
-    assert guide.log[0].faces == 3 and "picture 2" in guide.log[0].note
-
-
-def test_more_faces_than_references_leaves_the_small_ones() -> None:
-    x0, guide = latents(), guide_of(finder=always(face_at(10, 10, 20), face_at(90, 90, 60)))
-    changed = guide.guide(x0, direction_like(x0), 3.0, 1.0) != x0
-    assert changed[:, :, 12:, 12:].any() and not changed[:, :, :10, :10].any()
-
-
-def test_mask_alone_places_a_face_in_each_area() -> None:
-    mask = torch.zeros(1, 96, 96)  # half the size of the picture
-    mask[:, 10:40, 6:34] = 1
-    mask[:, 50:90, 50:90] = 1
-    guide = guide_of(wanted=references(2), finder=None, mask=mask)
-    x0 = latents()
-    changed = (guide.guide(x0, direction_like(x0), 3.0, 1.0) != x0)[0].any(0)
-    assert guide.log[0].faces == 2
-    assert changed[3:10, 2:8].any() and changed[13:22, 13:22].any()
-    assert not changed[:2].any() and not changed[:, 9:12].any()
-
-
-@pytest.mark.parametrize("policy, guided_after", [("hold", True), ("skip", False)])
-def test_a_face_that_is_lost(policy: str, guided_after: bool) -> None:
-    finder = Script([[FACE], []])
-    guide = guide_of(GuidanceSettings(window=ALWAYS, when_lost=policy), finder=finder)  # type: ignore[arg-type]
-    x0 = latents()
-    for _ in range(3):
-        assert not torch.equal(guide.guide(x0, direction_like(x0), 3.0, 1.0), x0)
-    assert finder.calls == 1
-    after = guide.guide(x0, direction_like(x0), 3.0, 1.0)
-    assert finder.calls == 2 and torch.equal(after, x0) != guided_after
-    assert "no face found in picture 1" in guide.log[-1].note
-
-
-def test_a_missing_face_can_stop_the_run_once_it_should_be_there() -> None:
-    settings = GuidanceSettings(window=ALWAYS, when_lost="error")
-    guide, x0 = guide_of(settings, finder=always()), latents()
-    assert guide.guide(x0, None, 1.0, 8.0) is x0
-    with pytest.raises(NoFaceFound, match=r"picture 1 .*sigma 1\.00"):
-        guide.guide(x0, None, 1.0, 1.0)
-
-
-def test_a_mask_stands_in_for_a_face_that_is_not_found() -> None:
-    x0, guide = latents(), guide_of(finder=always(), mask=square_mask())
-    assert not torch.equal(guide.guide(x0, direction_like(x0), 3.0, 1.0), x0)
-
-
-def test_faces_outside_the_mask_do_not_count() -> None:
-    x0, guide = latents(), guide_of(finder=always(face_at(140, 140)), mask=square_mask())
-    changed = guide.guide(x0, direction_like(x0), 3.0, 1.0) != x0
-    assert not changed[:, :, 14:].any()
-
-
 def test_window_and_zero_strength() -> None:
     x0 = latents()
     guide = guide_of(GuidanceSettings(window=SigmaWindow(2.0, 0.5)))
@@ -406,8 +290,3 @@ def test_through_a_denoiser_keeps_to_mask_and_window() -> None:
     touched = torch.nn.functional.max_pool2d(mask[:, None], 8)[0, 0] > 0
     assert torch.equal(bits(steps[0])[:, :, ~touched], bits(x0)[:, :, ~touched])
     assert not torch.equal(steps[0], x0) and steps[1] is x0
-
-
-def _seen(x0: Tensor, face: object) -> Tensor:
-    points = torch.from_numpy(face.landmarks)[None]  # type: ignore[attr-defined]
-    return TinyFaceNetwork()(align(tiny_decoder()(x0), points)).embedding

@@ -10,13 +10,11 @@ import pytest
 from PIL import Image
 
 from difflora_core.errors import BadConfig, DiffLoRAError
-from difflora_core.face import FaceEncoder
-from tests.training.tiny_world import StandInFaces, write_world
-from training import artifacts
+from tests.training.tiny_world import evaluated_world
 from training.__main__ import main, open_run
 from training.artifacts import artifacts_folder
 from training.config import Config, load_config
-from training.evaluation import audition, measures
+from training.evaluation import audition
 from training.evaluation.config import ROWS
 from training.evaluation.rows import ROWS as METHODS
 from training.evaluation.stage import check_rows, run
@@ -34,18 +32,8 @@ MEASURES = {
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    file = tmp_path / "tiny.toml"
-    file.write_text(f'[run]\nroot = "{tmp_path / "run"}"\n')
-    config = load_config(file, SMALL)
-    write_world(config)
-    pack = artifacts_folder(config) / "insightface/models/mini/det_mini.onnx"
-    pack.parent.mkdir(parents=True)
-    pack.touch()
-    monkeypatch.setattr(measures, "PREFERENCE_PICTURES", 16)
     monkeypatch.setattr(audition, "STEPS", 2)
-    monkeypatch.setattr(artifacts, "SHIPPED", tmp_path / "nothing is shipped")
-    monkeypatch.setattr(FaceEncoder, "open", lambda *args, **kwargs: StandInFaces())
-    return config
+    return evaluated_world(tmp_path, SMALL, monkeypatch)
 
 
 def test_methods_are_the_rows_of_the_table() -> None:

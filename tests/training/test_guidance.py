@@ -11,15 +11,11 @@ import torch
 from PIL import Image
 
 from difflora_core.errors import BadConfig
-from difflora_core.face import FaceEncoder
 from difflora_core.mask_aware.window import WINDOWS, SigmaWindow, window_below
-from tests.training.tiny_world import StandInFaces, write_world
-from training import artifacts
+from tests.training.tiny_world import evaluated_world, write_world
 from training.__main__ import main
-from training.artifacts import artifacts_folder
 from training.base.painter import Estimate, Painter
 from training.config import Config, load_config
-from training.evaluation import measures
 from training.guidance.config import GuidanceConfig, read_window
 from training.guidance.factors import FactorReader
 from training.guidance.painting import rows
@@ -35,17 +31,7 @@ NAMES = ["base", "guided/identity/2", "full/identity/2", "predicted", "predicted
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
-    file = tmp_path / "tiny.toml"
-    file.write_text(f'[run]\nroot = "{tmp_path / "run"}"\n')
-    config = load_config(file, SMALL)
-    write_world(config)
-    pack = artifacts_folder(config) / "insightface/models/mini/det_mini.onnx"
-    pack.parent.mkdir(parents=True)
-    pack.touch()
-    monkeypatch.setattr(measures, "PREFERENCE_PICTURES", 16)
-    monkeypatch.setattr(artifacts, "SHIPPED", tmp_path / "nothing is shipped")
-    monkeypatch.setattr(FaceEncoder, "open", lambda *args, **kwargs: StandInFaces())
-    return config
+    return evaluated_world(tmp_path, SMALL, monkeypatch)
 
 
 def test_stage_writes_figures_table_and_sheet(config: Config, tmp_path: Path) -> None:

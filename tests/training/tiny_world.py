@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from difflora_core.autoencoder.tokens import TokensConfig
 from difflora_core.dit import DitConfig
-from difflora_core.face import Face
+from difflora_core.face import Face, FaceEncoder
 from difflora_core.image_encoder import ImageEncoder, ImageEncoderConfig
 from difflora_core.lora_space import LoraSpace
 from difflora_core.mif import MixerConfig
@@ -17,6 +19,7 @@ from difflora_core.photos import Pixels
 from difflora_core.predictor import Predictor
 from difflora_core.predictor_config import PredictorConfig
 from difflora_core.recogniser import ConvNeXtConfig, IResNetConfig, Recogniser, RecogniserConfig
+from training import artifacts
 from training.artifacts import artifacts_folder, save_artifact
 from training.base.config import TextConfig, UnetConfig, VaeConfig
 from training.base.models import (
@@ -28,8 +31,9 @@ from training.base.models import (
     unet_config,
     vae_config,
 )
-from training.config import Config
+from training.config import Config, load_config
 from training.encoders.attributes_net import PortraitNet, PortraitNetConfig, checker_outputs
+from training.evaluation import measures
 from training.loras.collect import LoraSet, write_set
 from training.loras.stage import lora_space
 
@@ -49,6 +53,21 @@ class StandInFaces:
         embedding = rng.standard_normal((FACE_WIDTH, small.size)).astype(np.float32) @ small
         box = np.array([32, 32, 96, 104], np.float32)
         return [Face(box, TEMPLATE, 0.9, embedding, 50.0, (image.shape[1], image.shape[0]))]
+
+
+def evaluated_world(folder: Path, words: list[str], monkeypatch: pytest.MonkeyPatch) -> Config:
+    """A configuration in `folder` with a world that evaluations can judge; nothing is shipped."""
+    file = folder / "tiny.toml"
+    file.write_text(f'[run]\nroot = "{folder / "run"}"\n')
+    config = load_config(file, words)
+    write_world(config)
+    pack = artifacts_folder(config) / "insightface/models/mini/det_mini.onnx"
+    pack.parent.mkdir(parents=True)
+    pack.touch()
+    monkeypatch.setattr(measures, "PREFERENCE_PICTURES", 16)
+    monkeypatch.setattr(artifacts, "SHIPPED", folder / "nothing is shipped")
+    monkeypatch.setattr(FaceEncoder, "open", lambda *args, **kwargs: StandInFaces())
+    return config
 
 
 def write_world(config: Config, space: LoraSpace | None = None) -> LoraSpace:

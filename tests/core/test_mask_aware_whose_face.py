@@ -1,0 +1,113 @@
+"""Whose face guidance leads, where several are painted, some are lost, or only a mask tells."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from difflora_core.errors import NoFaceFound
+from difflora_core.mask_aware.guidance import GuidanceSettings
+from tests.core.guidance_parts import (
+    ALWAYS,
+    FACE,
+    Script,
+    always,
+    direction_like,
+    face_at,
+    guide_of,
+    latents,
+    references,
+    seen,
+    similarity,
+    square_mask,
+)
+
+
+def test_each_picture_has_its_own_references() -> None:
+    x0, wanted = latents(2), references(2)
+    guide = guide_of(wanted=wanted[:, None])
+    guided = x0
+    for _ in range(10):
+        guided = guide.guide(guided, direction_like(x0), 3.0, 1.0)
+    rise = similarity(guided, wanted=wanted) - similarity(x0, wanted=wanted)
+    assert rise[0, 0] > rise[0, 1] + 0.1 and rise[1, 1] > rise[1, 0] + 0.1
+
+
+def test_faces_of_a_picture_go_to_the_references_they_resemble() -> None:
+    left, right = face_at(16, 30), face_at(120, 100)
+    x0 = latents()
+    # the left face already leans towards the second reference, the right one to the first
+    wanted = torch.cat([seen(x0, right), seen(x0, left)]) + 0.5 * references(2)
+    wanted = torch.nn.functional.normalize(wanted, dim=-1)
+    guide = guide_of(wanted=wanted, finder=always(left, right))
+    guided = x0
+    for _ in range(8):
+        guided = guide.guide(guided, direction_like(x0), 3.0, 1.0)
+    for face, own in ((left, 1), (right, 0)):
+        rise = similarity(guided, face, wanted) - similarity(x0, face, wanted)
+        assert float(rise[0, own]) > 0.03
+    assert guide.log[-1].faces == 2
+    # overlapping nothing, each face is changed as if it were alone
+    alone = guide_of(wanted=wanted[1:], finder=always(left)).guide(x0, direction_like(x0), 3.0, 1.0)
+    both = guide_of(wanted=wanted, finder=always(left, right)).guide(
+        x0, direction_like(x0), 3.0, 1.0
+    )
+    assert torch.allclose(both[..., :12], alone[..., :12], atol=1e-5)
+
+
+def test_pictures_of_a_batch_may_have_different_faces() -> None:
+    finder = Script([[face_at(10, 10), face_at(100, 100)], [], [face_at(60, 60)]])
+    x0, guide = latents(3), guide_of(wanted=references(2), finder=finder)
+    changed = (guide.guide(x0, direction_like(x0), 3.0, 1.0) != x0).flatten(1).any(1)
+    assert changed.tolist() == [True, False, True]
+    assert guide.log[0].faces == 3 and "picture 2" in guide.log[0].note
+
+
+def test_more_faces_than_references_leaves_the_small_ones() -> None:
+    x0, guide = latents(), guide_of(finder=always(face_at(10, 10, 20), face_at(90, 90, 60)))
+    changed = guide.guide(x0, direction_like(x0), 3.0, 1.0) != x0
+    assert changed[:, :, 12:, 12:].any() and not changed[:, :, :10, :10].any()
+
+
+def test_mask_alone_places_a_face_in_each_area() -> None:
+    mask = torch.zeros(1, 96, 96)  # half the size of the picture
+    mask[:, 10:40, 6:34] = 1
+    mask[:, 50:90, 50:90] = 1
+    guide = guide_of(wanted=references(2), finder=None, mask=mask)
+    x0 = latents()
+    changed = (guide.guide(x0, direction_like(x0), 3.0, 1.0) != x0)[0].any(0)
+    assert guide.log[0].faces == 2
+    assert changed[3:10, 2:8].any() and changed[13:22, 13:22].any()
+    assert not changed[:2].any() and not changed[:, 9:12].any()
+
+
+@pytest.mark.parametrize("policy, guided_after", [("hold", True), ("skip", False)])
+def test_a_face_that_is_lost(policy: str, guided_after: bool) -> None:
+    finder = Script([[FACE], []])
+    guide = guide_of(GuidanceSettings(window=ALWAYS, when_lost=policy), finder=finder)  # type: ignore[arg-type]
+    x0 = latents()
+    for _ in range(3):
+        assert not torch.equal(guide.guide(x0, direction_like(x0), 3.0, 1.0), x0)
+    assert finder.calls == 1
+    after = guide.guide(x0, direction_like(x0), 3.0, 1.0)
+    assert finder.calls == 2 and torch.equal(after, x0) != guided_after
+    assert "no face found in picture 1" in guide.log[-1].note
+
+
+def test_a_missing_face_can_stop_the_run_once_it_should_be_there() -> None:
+    settings = GuidanceSettings(window=ALWAYS, when_lost="error")
+    guide, x0 = guide_of(settings, finder=always()), latents()
+    assert guide.guide(x0, None, 1.0, 8.0) is x0
+    with pytest.raises(NoFaceFound, match=r"picture 1 .*sigma 1\.00"):
+        guide.guide(x0, None, 1.0, 1.0)
+
+
+def test_a_mask_stands_in_for_a_face_that_is_not_found() -> None:
+    x0, guide = latents(), guide_of(finder=always(), mask=square_mask())
+    assert not torch.equal(guide.guide(x0, direction_like(x0), 3.0, 1.0), x0)
+
+
+def test_faces_outside_the_mask_do_not_count() -> None:
+    x0, guide = latents(), guide_of(finder=always(face_at(140, 140)), mask=square_mask())
+    changed = guide.guide(x0, direction_like(x0), 3.0, 1.0) != x0
+    assert not changed[:, :, 14:].any()
