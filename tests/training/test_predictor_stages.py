@@ -77,11 +77,24 @@ def test_end_to_end_can_start_from_nothing(config: Config, tmp_path: Path) -> No
     assert (predictor.value_statistics.std == config.predictor.finetune.fresh_scale).all()
 
 
+def test_end_to_end_goes_on_from_a_finished_predictor(config: Config, tmp_path: Path) -> None:
+    finetune = ["predictor.finetune.start=fresh", "predictor.finetune.fresh_scale=0.07"]
+    first = load_config(tmp_path / "tiny.toml", [*FEW, *finetune])
+    finetune_stage.run(first, open_run(first, "finetune-predictor"))
+    before = Predictor.open(artifact(first, "predictor"))
+    again = load_config(tmp_path / "tiny.toml", [*FEW, "predictor.finetune.start=artifact"])
+    pool = build_people_pool(Painter.open(again), PhotoEncoders(again), again.predictor.finetune, 0)
+    after = finetune_stage.starting_predictor(again, pool)
+    for name, tensor in before.state_dict().items():
+        if "mixer" not in name:
+            torch.testing.assert_close(after.state_dict()[name], tensor, msg=name)
+
+
 def test_end_to_end_gradients_reach_every_part(config: Config) -> None:
     settings = config.predictor.finetune
     painter = Painter.open(config)
     pool = build_people_pool(painter, PhotoEncoders(config), settings, 0)
-    predictor = finetune_stage.fresh_predictor(config, pool)
+    predictor = finetune_stage.untrained(config)
     with torch.no_grad():  # zero output layers would stop the gradient of a fresh network
         for parameter in predictor.parameters():
             if not parameter.any():
@@ -101,7 +114,7 @@ def test_the_face_term_sees_faces_and_stops_where_noise_hides_them(config: Confi
     pool = build_people_pool(painter, PhotoEncoders(config), settings, 0)
     faces = finetune_stage.open_face_term(config, painter)
     stage = finetune_stage.EndToEnd(
-        finetune_stage.fresh_predictor(config, pool), painter, pool, faces, settings
+        finetune_stage.untrained(config), painter, pool, faces, settings
     )
     people, which = torch.arange(4), torch.tensor([[0], [1], [0], [1]])
     truth = pool.latents[people[:, None], which].flatten(0, 1).float()

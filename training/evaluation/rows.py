@@ -95,8 +95,9 @@ def base(bench: Bench) -> Personalised:
 
 def average_lora(bench: Bench) -> Personalised:
     """The mean LoRA of the training set: what a predictor that ignores its photo would give."""
-    people = len(bench.seeds)
-    return Personalised([bench.predictor().average()] * people, seconds=[0.0] * people)
+    loras, people = read_set(bench.config), len(bench.seeds)
+    average = loras.space.unpack(loras.vectors.mean(0))
+    return Personalised([average] * people, seconds=[0.0] * people)
 
 
 def nearest_lora(bench: Bench) -> Personalised:

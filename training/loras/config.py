@@ -22,10 +22,10 @@ class LorasConfig:
     """Optimiser steps per person."""
     pictures: int = 12
     """Training pictures per person: photos with captions, all different."""
-    batch: int = 4
+    batch: int = 2
     """Pictures of each person per step."""
-    lr: float = 2e-3
-    """Adam's learning rate, constant after ten steps of warm-up."""
+    lr: float = 2e-2
+    """Adam's peak learning rate: ten steps of warm-up, then linear decay to zero."""
     prior: float = 0.0
     """Weight of prior preservation: other people's pictures, captioned "a person", drawn as the
     base model knows them (DreamBooth, Ruiz et al. 2023, eq. 2); 0 = none."""

@@ -86,7 +86,7 @@ def fit_factors(
     with half_precision(painter):
         for step in range(config.steps):
             for group in optimizer.param_groups:
-                group["lr"] = config.lr * min(1.0, (step + 1) / _WARMUP)
+                group["lr"] = learning_rate(config, step)
             losses = _losses(painter, schedule, album, draws, step, factors, space.scale)
             if prior:
                 losses = losses + config.prior * _losses(
@@ -96,6 +96,11 @@ def fit_factors(
             losses.sum().backward()  # a sum: each person's gradient is that of its own mean loss
             optimizer.step()
     return [_lora(space, factors, person) for person in range(len(seeds))]
+
+
+def learning_rate(config: LorasConfig, step: int) -> float:
+    """Up in ten steps, then down to nothing in a straight line."""
+    return config.lr * min(1.0, (step + 1) / _WARMUP) * (1 - step / config.steps)
 
 
 def initial_factors(

@@ -50,8 +50,9 @@ class DitTraining:
 class FinetuneTraining:
     """End to end: from a photo through the frozen U-Net to the denoising loss of other pictures."""
 
-    start: Literal["dit", "fresh"] = "dit"
-    """From what train-dit has learnt, or from nothing, without any LoRA data set."""
+    start: Literal["dit", "artifact", "fresh"] = "dit"
+    """From what train-dit has learnt, from the run's finished predictor (else the shipped one), or
+    from nothing; the last two need no LoRA data set."""
     fresh_scale: float = 0.05
     """Unit of a fresh predictor's LoRA values, about the size that trained ones have."""
     people: int = 24_000

@@ -42,10 +42,7 @@ def run(config: Config, folder: RunFolder) -> None:
     torch.manual_seed(config.run.seed)
     painter = Painter.open(config)
     pool = build_people_pool(painter, PhotoEncoders(config), settings, config.run.seed)
-    if settings.start == "dit":
-        predictor = open_bundle(config, f"{name}_dit")
-    else:
-        predictor = fresh_predictor(config, pool)
+    predictor = starting_predictor(config, pool)
     trainer = train(
         {part: getattr(predictor, part) for part in PARTS},
         settings.optim,
@@ -61,11 +58,21 @@ def run(config: Config, folder: RunFolder) -> None:
     finish(config, predictor, [], figures, final=True)
 
 
-def fresh_predictor(config: Config, pool: PeoplePool) -> Predictor:
-    """An untrained predictor whose statistics are set without any trained LoRA."""
+def starting_predictor(config: Config, pool: PeoplePool) -> Predictor:
+    """What train-dit has learnt, the finished predictor again, or an untrained one."""
+    name, start = config.predictor.name, config.predictor.finetune.start
+    if start == "dit":
+        return open_bundle(config, f"{name}_dit")
+    predictor = open_bundle(config, name) if start == "artifact" else untrained(config)
+    # the encoders may have been trained again since
+    predictor.mixer.fit(pool.photos.face.flatten(0, 1), pool.photos.image.flatten(0, 1))
+    return predictor
+
+
+def untrained(config: Config) -> Predictor:
+    """A predictor whose LoRA values have a mean and a spread without any trained LoRA."""
     predictor = new_predictor(config, lora_space(config.loras))
     predictor.value_statistics.std.fill_(config.predictor.finetune.fresh_scale)
-    predictor.mixer.fit(pool.photos.face.flatten(0, 1), pool.photos.image.flatten(0, 1))
     return predictor.to(config.run.torch_device())
 
 
