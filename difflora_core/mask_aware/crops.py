@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..face_crop import TEMPLATE, TEMPLATE_SIZE, inverted, similarity
+from .decoders import Part
 
 MARGIN = 4
 """Latents decoded around a face. With a decoder of TAESD's shape the aligned face is then within
@@ -50,6 +51,16 @@ class Windows:
         for part, (i, y, x) in zip(parts, places, strict=True):
             total[i, :, y : y + self.height, x : x + self.width] += part
         return total
+
+    def part(self, boxes: Tensor, upscale: int) -> Part:
+        """Latents that boxes [N, 4] in pixels touch in any of their windows."""
+        corner = torch.stack([self.left, self.top, self.left, self.top], -1)
+        inside = boxes.detach().float().cpu() / upscale - corner
+        size = torch.tensor([self.width, self.height])
+        low = inside[:, :2].amin(0).floor().long().clamp(min=0).minimum(size - 1)
+        high = inside[:, 2:].amax(0).ceil().long().clamp(min=1).minimum(size)
+        (left, top), (right, bottom) = low.tolist(), high.tolist()
+        return Part(top, bottom, left, right)
 
     def shifted(self, points: Tensor, upscale: int) -> Tensor:
         """Pixels of the pictures [N, K, 2] -> pixels of the decoded windows."""

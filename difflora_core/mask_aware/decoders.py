@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,15 @@ ENCODERS = ("encoder.", "quant_conv.", "taesd_encoder.")
 """Parts of a VAE, in diffusers' and ComfyUI's names, that decoding has no use for."""
 
 
+class Part(NamedTuple):
+    """Rows and columns of latents."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+
 @runtime_checkable
 class Decoder(Protocol):
     """Latents of the denoiser's space, as samplers see them, to pictures; differentiable."""
@@ -27,9 +36,10 @@ class Decoder(Protocol):
     upscale: int
     """Pixels per latent, each way."""
 
-    def __call__(self, latents: Tensor) -> Tensor:
+    def __call__(self, latents: Tensor, part: Part | None = None) -> Tensor:
         """[B, C, h, w] -> [B, 3, upscale h, upscale w] about 0..1, never clamped: a clamp has no
-        gradient where a picture is too bright or too dark."""
+        gradient where a picture is too bright or too dark. Pixels that are more than one away from
+        `part` may be anything; it saves time to leave them out."""
         ...
 
     def features(self, latents: Tensor) -> list[Tensor]:
@@ -85,8 +95,21 @@ class FastDecoder(nn.Module):
             ) from error
         return model.requires_grad_(False).eval()
 
-    def forward(self, latents: Tensor) -> Tensor:
-        return self.layers(latents)
+    def forward(self, latents: Tensor, part: Part | None = None) -> Tensor:
+        if part is None:
+            return self.layers(latents)
+        x, top, left, scale = latents, 0, 0, 1
+        for layer, reach in zip(self.layers, _reaches(self.layers), strict=True):
+            x = layer(x)
+            if isinstance(layer, nn.Upsample):
+                top, left, scale = 2 * top, 2 * left, 2 * scale
+                rows = _near(part.top, part.bottom, scale, reach, top, x.shape[-2])
+                columns = _near(part.left, part.right, scale, reach, left, x.shape[-1])
+                x = x[..., rows, columns]
+                top, left = top + rows.start, left + columns.start
+        below = scale * latents.shape[-2] - top - x.shape[-2]
+        right = scale * latents.shape[-1] - left - x.shape[-1]
+        return F.pad(x, (left, right, top, below))
 
     def features(self, latents: Tensor) -> list[Tensor]:
         maps, x = [], latents
@@ -112,6 +135,24 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.conv(x) + x)
+
+
+def _reaches(layers: Iterable[nn.Module]) -> list[int]:
+    """How far each layer's output is looked at around a part by the layers after it, and by what
+    samples between pixels in the end."""
+    reach, reaches = 1, []
+    for layer in reversed(list(layers)):
+        reaches.append(reach)
+        if isinstance(layer, nn.Upsample):
+            reach = -(-reach // 2)
+        else:
+            reach += sum(isinstance(m, nn.Conv2d) for m in layer.modules())
+    return reaches[::-1]
+
+
+def _near(low: int, high: int, scale: int, reach: int, start: int, size: int) -> slice:
+    """Of a map of `size` rows from row `start` on, those within reach of scale * low..high."""
+    return slice(max(scale * low - reach - start, 0), min(scale * high + reach - start, size))
 
 
 def _by_number(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -163,7 +204,8 @@ class ModuleDecoder:
         self._to_vae = to_vae
         self._stages = _up_stages(module)
 
-    def __call__(self, latents: Tensor) -> Tensor:
+    def __call__(self, latents: Tensor, part: Part | None = None) -> Tensor:
+        # norms and attention span the picture, so all of it is decoded
         decoded = self._frozen(self._to_vae(latents))
         # diffusers wraps the picture in an output object
         return getattr(decoded, "sample", decoded) / 2 + 0.5

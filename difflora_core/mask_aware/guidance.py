@@ -157,11 +157,11 @@ class Guide:
         own = Windows(rows, windows.top, windows.left, windows.height, windows.width)
         inside = own.cut(masks[:, None])
         length = self._length(windows, inside, estimate, direction, cfg, sigma)
-        return Plan(faces, windows, inside, length)
+        return Plan(faces, windows, windows.part(boxes[seen], upscale), inside, length)
 
     def look(self, latents: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """Loss [N] of decoded windows [N, C, h, w], and the aligned faces [N, 3, size, size]."""
-        pictures = self.decoder(latents)
+        pictures = self.decoder(latents, plan.part)
         points = plan.windows.shifted(plan.faces.landmarks, self.decoder.upscale)
         crops = align(pictures, points, self.size)
         own = plan.faces.picture if len(self._references) > 1 else plan.faces.picture * 0

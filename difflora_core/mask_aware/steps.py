@@ -9,6 +9,7 @@ from einops import einsum
 from torch import Tensor
 
 from .crops import Windows
+from .decoders import Part
 from .tracking import FaceRows
 
 FACE_GRAIN = 1 / 7
@@ -21,6 +22,8 @@ class Plan:
 
     faces: FaceRows
     windows: Windows
+    part: Part
+    """What of the windows the face network sees."""
     mask: Tensor
     """[N, 1, height, width] 0..1, where each face's window may change."""
     length: Tensor

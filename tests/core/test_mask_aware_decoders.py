@@ -11,7 +11,13 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 
 from difflora_core.errors import BadWeightsFile
-from difflora_core.mask_aware.decoders import Decoder, FastDecoder, ModuleDecoder, frozen_clone
+from difflora_core.mask_aware.decoders import (
+    Decoder,
+    FastDecoder,
+    ModuleDecoder,
+    Part,
+    frozen_clone,
+)
 from difflora_core.weights_file import write_safetensors
 
 
@@ -60,6 +66,35 @@ def test_fast_decoder_is_diffusers_tiny(channels: int, names: str, tmp_path: Pat
     assert (ours(latents) - wanted).abs().max() < 1e-5
     assert ours.upscale == 8 and isinstance(ours, Decoder)
     assert [m.shape[2:] for m in ours.features(latents)] == [(5, 7), (10, 14), (20, 28), (40, 56)]
+
+
+@pytest.mark.parametrize(
+    "part", [Part(8, 11, 7, 12), Part(0, 3, 0, 16), Part(17, 18, 4, 5), Part(0, 18, 0, 16)]
+)
+def test_a_part_decodes_as_in_the_whole_picture(part: Part) -> None:
+    """The part, a pixel around it for sampling, and the gradient of what is seen there."""
+    torch.manual_seed(0)
+    decoder = FastDecoder(width=8).requires_grad_(False)
+    latents = torch.randn(2, 4, 18, 16)
+    seen = torch.zeros(2, 3, 144, 128)
+    rows = slice(max(8 * part.top - 1, 0), 8 * part.bottom + 1)
+    seen[..., rows, max(8 * part.left - 1, 0) : 8 * part.right + 1] = 1
+
+    def look(part: Part | None) -> tuple[Tensor, Tensor]:
+        leaf = latents.clone().requires_grad_(True)
+        picture = decoder(leaf, part) * seen
+        return picture.detach(), torch.autograd.grad(picture.square().sum(), leaf)[0]
+
+    for ours, wanted in zip(look(part), look(None), strict=True):
+        torch.testing.assert_close(ours, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_a_small_part_takes_less_work() -> None:
+    shapes = []
+    decoder = FastDecoder(width=8)
+    decoder.layers[-1].register_forward_pre_hook(lambda m, args: shapes.append(args[0].shape[2:]))
+    decoder(torch.randn(1, 4, 18, 16), Part(8, 11, 7, 12))
+    assert [tuple(shape) for shape in shapes] == [(24 + 2 * 6, 40 + 2 * 6)]
 
 
 def test_another_file_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from difflora_core.errors import DiffLoRAError
 from difflora_core.mask_aware.crops import Windows
-from difflora_core.mask_aware.decoders import FastDecoder
+from difflora_core.mask_aware.decoders import FastDecoder, Part
 from difflora_core.mask_aware.full_guidance import guide_through
 from difflora_core.mask_aware.guidance import LASTING, GuidanceSettings, Guide
 from difflora_core.mask_aware.steps import Plan, smoothed
@@ -208,7 +208,7 @@ def test_a_smoothed_point_is_a_gaussian_as_wide_as_the_face_asks() -> None:
     gradient[0, 0, 10, 10] = 1
     faces = FaceRows(torch.zeros(1).long(), torch.zeros(1).long(), torch.zeros(1, 5, 2))
     windows = Windows(torch.zeros(1).long(), torch.zeros(1).long(), torch.zeros(1).long(), 21, 21)
-    plan = Plan(faces, windows, torch.ones(1, 1, 21, 21), torch.ones(1))
+    plan = Plan(faces, windows, Part(0, 21, 0, 21), torch.ones(1, 1, 21, 21), torch.ones(1))
     wanted = gaussian_filter(gradient[0, 0].numpy(), 21 / 7, mode="constant", truncate=9)
     found = smoothed(gradient, plan, 1.0)[0, 0].numpy()
     middle = slice(6, 15)  # the rows of the filter end at the mask, at their proper weight

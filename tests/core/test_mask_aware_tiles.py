@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from difflora_core.mask_aware.decoders import Part
 from difflora_core.mask_aware.tiles import decode_in_tiles
 from tests.core.guidance_parts import tiny_decoder
 
@@ -17,8 +18,8 @@ class Watched:
         self.decoder, self.shapes = tiny_decoder(), []
         self.upscale = self.decoder.upscale
 
-    def __call__(self, latents: Tensor) -> Tensor:
-        assert not torch.is_grad_enabled()
+    def __call__(self, latents: Tensor, part: Part | None = None) -> Tensor:
+        assert part is None and not torch.is_grad_enabled()
         self.shapes.append(tuple(latents.shape))
         return self.decoder(latents)
 
