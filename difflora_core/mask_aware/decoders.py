@@ -39,7 +39,7 @@ class Decoder(Protocol):
     def __call__(self, latents: Tensor, part: Part | None = None) -> Tensor:
         """[B, C, h, w] -> [B, 3, upscale h, upscale w] about 0..1, never clamped: a clamp has no
         gradient where a picture is too bright or too dark. Pixels that are more than one away from
-        `part` may be anything; it saves time to leave them out."""
+        `part` may be rough; it saves time not to work them out."""
         ...
 
     def features(self, latents: Tensor) -> list[Tensor]:
@@ -109,7 +109,7 @@ class FastDecoder(nn.Module):
                 top, left = top + rows.start, left + columns.start
         below = scale * latents.shape[-2] - top - x.shape[-2]
         right = scale * latents.shape[-1] - left - x.shape[-1]
-        return F.pad(x, (left, right, top, below))
+        return F.pad(x, (left, right, top, below), mode="replicate")
 
     def features(self, latents: Tensor) -> list[Tensor]:
         maps, x = [], latents

@@ -22,7 +22,7 @@ from .crops import MARGIN, Windows, box_masks, crop_boxes, face_windows, latent_
 from .decoders import Decoder, frozen_clone
 from .losses import face_distance
 from .networks import FaceActivations
-from .steps import Plan, masked_rms, scaled_step, smoothed
+from .steps import Plan, jittered, masked_rms, scaled_step, smoothed
 from .tiles import decode_in_tiles
 from .tracking import FaceRows, Finder, Tracker, WhenLost
 from .window import WINDOWS, SigmaWindow
@@ -46,7 +46,7 @@ class Faces(Protocol):
 class GuidanceSettings:
     """How strongly, when and how carefully to guide."""
 
-    strength: float = 2.5
+    strength: float = 3.0
     """Length of a step in units of what classifier-free guidance does; 0 guides nothing. Only a
     part of it lasts: what the sampler moves towards the estimate before the next one."""
     window: SigmaWindow = WINDOWS["identity"]
@@ -55,6 +55,10 @@ class GuidanceSettings:
     """Gradients per sampling step; together their steps are as long as one."""
     smoothing: float = 0.5
     """Share of a step that is smoothed over the face, 0..1: shape and colour rather than detail."""
+    jitter: float = 0.1
+    """Up to how much smaller than the face's crop is what a gradient sees, somewhere inside it;
+    every other gradient sees it mirrored, too. What survives both is likeness, what does not is a
+    pattern that pleases one network (expectation over transformation, Athalye et al., 2018)."""
     margin: int = MARGIN
     """Latents decoded around a face."""
     when_lost: WhenLost = "hold"
@@ -69,7 +73,7 @@ class GuideStep:
     loss: float
     """1 - cosine, mean over the faces, before the step; NaN without a face."""
     similarity: float
-    """Cosine to the reference, mean over the faces; NaN without a face."""
+    """Cosine to the reference as the first gradient saw it, mean over the faces; NaN without."""
     faces: int
     """Faces that were guided, over all pictures."""
     note: str = ""
@@ -116,6 +120,7 @@ class Guide:
             self._mask = None if mask is None else mask.detach().clone().float()
         self._tracker: Tracker | None = None
         self._before = 0.0
+        self._looks = 0
 
     def guide(self, x0: Tensor, direction: Tensor | None, cfg: float, sigma: float) -> Tensor:
         """The estimate after guidance, of the same dtype; `x0` itself where nothing is to do.
@@ -160,14 +165,18 @@ class Guide:
         return Plan(faces, windows, windows.part(boxes[seen], upscale), inside, length)
 
     def look(self, latents: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        """Loss [N] of decoded windows [N, C, h, w], and the aligned faces [N, 3, size, size]."""
+        """Loss [N] of decoded windows [N, C, h, w], and the aligned faces [N, 3, size, size].
+
+        Every call sees the faces a little otherwise, as the settings' jitter says.
+        """
+        plan, mirrored = self._view(plan)
         pictures = self.decoder(latents, plan.part)
         points = plan.windows.shifted(plan.faces.landmarks, self.decoder.upscale)
         crops = align(pictures, points, self.size)
         own = plan.faces.picture if len(self._references) > 1 else plan.faces.picture * 0
         # of the person only an embedding is known, so the face loss compares that
         wanted = FaceActivations((), self._references[own, plan.faces.reference])
-        return face_distance(self.network(crops), wanted), crops
+        return face_distance(self.network(crops.flip(-1) if mirrored else crops), wanted), crops
 
     def note(self, sigma: float, plan: Plan, loss: Tensor, crops: Tensor, note: str = "") -> None:
         """Add a step to the log and its faces to the strips."""
@@ -183,6 +192,13 @@ class Guide:
         if self.settings.strength == 0 or sigma not in self.settings.window:
             return False
         return self._mask is None or bool((self._mask > 0).any())
+
+    def _view(self, plan: Plan) -> tuple[Plan, bool]:
+        """The plan with jittered landmarks, and whether the network sees faces mirrored."""
+        turn, self._looks = self._looks, self._looks + 1
+        if not self.settings.jitter:
+            return plan, False
+        return jittered(plan, self.settings.jitter, turn), turn % 2 == 1
 
     def _descend(self, estimate: Tensor, plan: Plan, sigma: float, lasting: float) -> Tensor:
         total = torch.zeros_like(plan.windows.cut(estimate))

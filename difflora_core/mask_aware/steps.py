@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import einsum
 from torch import Tensor
 
-from .crops import Windows
+from .crops import Windows, crop_boxes
 from .decoders import Part
 from .tracking import FaceRows
 
@@ -28,6 +28,21 @@ class Plan:
     """[N, 1, height, width] 0..1, where each face's window may change."""
     length: Tensor
     """[N] root mean square of the step within the mask."""
+
+
+def jittered(plan: Plan, share: float, turn: int) -> Plan:
+    """The plan with crops smaller by up to `share`, anywhere inside the crops that they were.
+
+    `turn` is the seed: a run can be repeated, and no face depends on the others.
+    """
+    points = plan.faces.landmarks
+    boxes = crop_boxes(points)
+    shrink, *place = torch.rand(3, generator=torch.Generator().manual_seed(turn)).tolist()
+    middle, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2
+    shift = share * shrink * half * (2 * torch.tensor(place).to(half) - 1)
+    # landmarks nearer to the middle of a crop make ArcFace's crop smaller about it
+    moved = points + shift[:, None] - share * shrink * (points - middle[:, None])
+    return replace(plan, faces=replace(plan.faces, landmarks=moved))
 
 
 def scaled_step(gradient: Tensor, plan: Plan, parts: int = 1) -> tuple[Tensor, str]:

@@ -87,9 +87,10 @@ FACE = face_at(64, 72)
 def guide_of(
     settings: GuidanceSettings | None = None, *, wanted: Tensor | None = None, **parts: object
 ) -> Guide:
-    """A guide that knows one face at FACE unless told otherwise, and decodes all it depends on."""
+    """A guide that knows one face at FACE unless told otherwise, sees it as it is, and decodes all
+    that it depends on."""
     chosen: dict = {"finder": always(FACE)} | parts
-    settings = settings or GuidanceSettings(window=ALWAYS, margin=8)
+    settings = settings or GuidanceSettings(window=ALWAYS, margin=8, jitter=0)
     wanted = references(1) if wanted is None else wanted
     return Guide(tiny_decoder(), TinyFaceNetwork(), wanted, settings, **chosen)
 

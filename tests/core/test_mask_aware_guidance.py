@@ -174,7 +174,7 @@ def test_iterations_share_one_steps_length() -> None:
 
 def test_what_lasts_is_told_by_the_schedule() -> None:
     x0, pull = latents(), direction_like(latents(), 0.5)
-    settings = GuidanceSettings(window=ALWAYS, iterations=2)
+    settings = GuidanceSettings(window=ALWAYS, iterations=2, jitter=0)
     slow, fast = guide_of(settings), guide_of(settings)
     slow.guide(x0, pull, 3.0, 1.001)
     fast.guide(x0, pull, 3.0, 100.0)
@@ -253,7 +253,7 @@ def test_nowhere_to_look_is_refused() -> None:
 
 def test_through_an_identity_it_is_the_same_step() -> None:
     x0 = latents()
-    plain = GuidanceSettings(window=ALWAYS, iterations=1, smoothing=0.0, margin=8)
+    plain = GuidanceSettings(window=ALWAYS, iterations=1, smoothing=0.0, margin=8, jitter=0)
     direct = guide_of(plain).guide(x0, direction_like(x0), 3.0, 1.0)
     through = guide_through(guide_of(), lambda x: 0.5 * x, 2 * x0, x0, direction_like(x0), 3.0, 1.0)
     assert torch.allclose(through, direct, atol=1e-5)
