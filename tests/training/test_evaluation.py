@@ -176,8 +176,11 @@ def test_sheet_shows_every_picture_in_its_place() -> None:
     red = torch.tensor([1.0, 0, 0])[:, None, None].expand(3, 16, 16)
     lines = {"photo": torch.stack([red, torch.zeros(3, 16, 16)]), "base": torch.ones(2, 3, 16, 16)}
     sheet = draw_sheet(lines, ["a", "b"])
-    assert sheet.size == (110 + 2 * 20, 18 + 2 * 20)
-    assert sheet.getpixel((110 + 8, 18 + 8)) == (255, 0, 0)
-    assert sheet.getpixel((110 + 28, 18 + 8)) == (0, 0, 0)
+    left = sheet.width - 2 * 20
+    assert sheet.height == 18 + 2 * 20
+    assert sheet.getpixel((left + 8, 18 + 8)) == (255, 0, 0)
+    assert sheet.getpixel((left + 28, 18 + 8)) == (0, 0, 0)
+    longer = draw_sheet({"a label as long as labels get": torch.zeros(2, 3, 16, 16), **lines})
+    assert longer.width > sheet.width + 50
     with pytest.raises(ValueError, match="same shape"):
         draw_sheet({"a": torch.zeros(1, 3, 8, 8), "b": torch.zeros(2, 3, 8, 8)})

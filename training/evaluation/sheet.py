@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +11,6 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 MARGIN = 4
-LABEL_WIDTH = 110
 TITLE_HEIGHT = 18
 
 
@@ -24,18 +24,18 @@ def draw_sheet(lines: Mapping[str, Tensor], titles: list[str] | None = None) -> 
         raise ValueError(f"every line of a sheet needs the same shape, found {sorted(shapes)}")
     columns, _, height, width = shapes.pop()
     top = TITLE_HEIGHT if titles else MARGIN
-    size = (LABEL_WIDTH + columns * (width + MARGIN), top + len(lines) * (height + MARGIN))
+    font = ImageFont.load_default(size=13)
+    left = 2 * MARGIN + math.ceil(max(font.getlength(label) for label in lines))
+    size = (left + columns * (width + MARGIN), top + len(lines) * (height + MARGIN))
     sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(size=13)
     for column, title in enumerate(titles or []):
-        pen.text((LABEL_WIDTH + column * (width + MARGIN), 2), title, fill="black", font=font)
+        pen.text((left + column * (width + MARGIN), 2), title, fill="black", font=font)
     for line, (label, pictures) in enumerate(lines.items()):
         y = top + line * (height + MARGIN)
-        text = label.replace(" ", "\n") if pen.textlength(label, font) > LABEL_WIDTH else label
-        pen.text((MARGIN, y + height // 2 - 8), text, fill="black", font=font)
+        pen.text((MARGIN, y + height // 2 - 8), label, fill="black", font=font)
         for column, picture in enumerate(pictures):
-            sheet.paste(to_image(picture), (LABEL_WIDTH + column * (width + MARGIN), y))
+            sheet.paste(to_image(picture), (left + column * (width + MARGIN), y))
     return sheet
 
 
