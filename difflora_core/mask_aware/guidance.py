@@ -46,7 +46,7 @@ class Faces(Protocol):
 class GuidanceSettings:
     """How strongly, when and how carefully to guide."""
 
-    strength: float = 3.0
+    strength: float = 2.5
     """Length of a step in units of what classifier-free guidance does; 0 guides nothing. Only a
     part of it lasts: what the sampler moves towards the estimate before the next one."""
     window: SigmaWindow = WINDOWS["identity"]

@@ -25,7 +25,7 @@ class GuidanceConfig:
     windows: tuple[str, ...] = ("identity", "detail", "paper", "T=200", "T=400")
     """When to guide: identity, detail, paper, T=N for all timesteps up to N, or HIGH..LOW in
     sigma."""
-    strengths: tuple[float, ...] = (1.5, 3.0)
+    strengths: tuple[float, ...] = (1.5, 2.5)
     """How strongly; every window with every strength is a row."""
     modes: tuple[Mode, ...] = ("guided", "full", "predicted")
     """Kinds of rows: guided is the whole grid; full is the gradient through the denoiser, and
