@@ -55,6 +55,7 @@ class MaskAwareGuidance(io.ComfyNode):
         when_lost: str,
         iterations: int,
         smoothing: float,
+        jitter: float,
         features: Features | None = None,
         reference: Tensor | None = None,
         face_encoder: Any = None,
@@ -65,7 +66,11 @@ class MaskAwareGuidance(io.ComfyNode):
         pictures = [] if reference is None else host.to_pixels([reference])
         wanted = reference_embeddings(faces.network, faces.name, features, pictures, faces.finder)
         settings = GuidanceSettings(
-            strength, iterations=iterations, smoothing=smoothing, when_lost=when_lost
+            strength,
+            iterations=iterations,
+            smoothing=smoothing,
+            jitter=jitter,
+            when_lost=when_lost,
         )
         fast = fast_decoder(model.model.latent_format) if decoder == FAST else None
         log, when = GuidanceLog(), WindowChoice(window, start, end)
@@ -194,6 +199,18 @@ def care_inputs() -> list[io.Input]:
                 step=0.05,
                 tooltip="Share of each step that is smoothed over the face: shape and colour "
                 "rather than details that please the recogniser only.",
+            )
+        ),
+        advanced(
+            io.Float.Input(
+                "jitter",
+                default=DEFAULTS.jitter,
+                min=0.0,
+                max=0.5,
+                step=0.05,
+                tooltip="How much looks differ: each sees a face cropped closer by up to this "
+                "share, every other one mirrored. 0 always sees it as it is, which is easier to "
+                "please without likeness.",
             )
         ),
     ]

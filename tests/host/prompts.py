@@ -115,6 +115,7 @@ def guidance(boxes: Sequence[Sequence[float]] = (MIDDLE,), **changes: Any) -> Pr
         "when_lost": "hold",
         "iterations": 1,
         "smoothing": 0.0,
+        "jitter": 0.0,
         **changes,
     }
     return {

@@ -34,6 +34,8 @@ class GuidanceConfig:
     """Gradients per sampling step; not of the rows full."""
     smoothing: float = 0.5
     """Share of a step that is smoothed over the face, 0..1; not of the rows full."""
+    jitter: float = 0.1
+    """Up to how much closer a gradient's crop of the face is; every other one is mirrored."""
     factor_pictures: int = 1500
     """Drawn portraits that the reader of identity factors is fitted on."""
     sheet_people: int = 6

@@ -124,7 +124,11 @@ def paint(studio: Studio, row: Row) -> Painted:
 def _strengths(kind: str, window: str, settings: GuidanceConfig) -> Iterator[Row]:
     for strength in settings.strengths:
         guidance = GuidanceSettings(
-            strength, read_window(window), settings.iterations, settings.smoothing
+            strength,
+            read_window(window),
+            settings.iterations,
+            settings.smoothing,
+            settings.jitter,
         )
         yield Row(f"{kind}/{window}/{strength:g}", guidance)
 
