@@ -10,7 +10,7 @@ from training.base.noise import NoiseSchedule
 from training.base.painter import Painter
 from training.config import Config
 from training.loras.config import LorasConfig
-from training.loras.teacher import SUBJECT, photo_album, train_loras
+from training.loras.teacher import photo_album, train_loras
 from training.portraits import identities
 
 from .measuring import Case, alternate, case, in_own_process
@@ -38,9 +38,8 @@ def grouped() -> Case:
 
 def peft_lora(painter: Painter, settings: LorasConfig, seed: int) -> None:
     """One LoRA as a PEFT user trains it: adapter on the U-Net, AdamW, the same batches in size."""
-    album = photo_album(
-        painter, identities(torch.tensor([seed])), [seed], settings.pictures, SUBJECT
-    )
+    person = identities(torch.tensor([seed]))
+    album = photo_album(painter, person, settings.pictures, settings.draws)
     painter.unet.add_adapter(
         LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=TARGETS), "person"
     )

@@ -163,10 +163,8 @@ def refined(bench: Bench) -> Personalised:
             before = [_predict(bench, predictor, bench.features(p), 1).lora for p in own]
             factors = _trainable(before, bench.painter.device, predictor.space.scale)
             identity = bench.trial.identity[start : start + len(group)]
-            album = photo_album(bench.painter, identity, group, config.pictures)
-            loras += fit_factors(
-                bench.painter, predictor.space, config, album, None, factors, group
-            )
+            album = photo_album(bench.painter, identity, config.pictures, config.draws)
+            loras += fit_factors(bench.painter, predictor.space, config, album, None, factors)
     return Personalised(loras, seconds=seconds)
 
 

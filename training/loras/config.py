@@ -24,6 +24,8 @@ class LorasConfig:
     """Training pictures per person: photos with captions, all different."""
     batch: int = 2
     """Pictures of each person per step."""
+    draws: int = 0
+    """Seed of the scenes, timesteps and noise, which are the same for everybody."""
     lr: float = 2e-2
     """Adam's peak learning rate: ten steps of warm-up, then linear decay to zero."""
     prior: float = 0.0

@@ -1,16 +1,20 @@
-"""DreamBooth LoRAs of several people at once, each with its own pictures, noise and optimiser.
+"""DreamBooth LoRAs of several people at once, each with its own pictures and optimiser.
 
 The frozen U-Net runs once for all people of the group; every sample sees its own person's LoRA
 beside the layers (training/base/side_path.py). Adam works element by element, so a person's LoRA
 does not depend on who else is in the group.
+
+Everybody is photographed in the same scenes and meets the same timesteps and the same noise, so
+that two LoRAs differ by who the people are and not by chance.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,25 +42,22 @@ class Album:
 
 
 def photo_album(
-    painter: Painter, identity: Tensor, seeds: Sequence[int], count: int, subject: str = SUBJECT
+    painter: Painter, identity: Tensor, count: int, seed: int, subject: str = SUBJECT
 ) -> Album:
-    """`count` captioned photos of each person, identity [G, 20]; they follow from its seed."""
+    """`count` captioned photos of each person, identity [G, 20], in the scenes of `seed`."""
     scenes = [
         sample_scenes(
             count,
-            torch.Generator().manual_seed(_album_seed(seed)),
+            torch.Generator().manual_seed(seed),
             identity=who[None, None].expand(count, 1, -1),
             fixed={"style": "photo"},
         )
-        for seed, who in zip(seeds, identity, strict=True)
-    ]
-    spoken = [
-        describe(scene, random.Random(seed), subject=subject, mention=0.9)
-        for seed, scene in zip(seeds, scenes, strict=True)
+        for who in identity
     ]
     latents = [encode_images(painter.vae, render(s.to(painter.device)).images) for s in scenes]
-    contexts = [painter.encode(prompts) for prompts in spoken]
-    return Album(torch.stack(latents), torch.stack(contexts))
+    spoken = describe(scenes[0], random.Random(seed), subject=subject, mention=0.9)
+    contexts = painter.encode(spoken).expand(len(scenes), -1, -1, -1)
+    return Album(torch.stack(latents), contexts)
 
 
 def train_loras(
@@ -68,20 +69,20 @@ def train_loras(
 ) -> list[Lora]:
     """One LoRA per person of `seeds`, on the painter's device."""
     people = identities(torch.tensor(list(seeds)), split)
-    album = photo_album(painter, people, seeds, config.pictures)
+    album = photo_album(painter, people, config.pictures, config.draws)
     prior = _prior_album(painter, seeds, config) if config.prior else None
     factors = initial_factors(space, seeds, painter.device)
-    return fit_factors(painter, space, config, album, prior, factors, seeds)
+    return fit_factors(painter, space, config, album, prior, factors)
 
 
 def fit_factors(
     painter: Painter, space: LoraSpace, config: LorasConfig, album: Album, prior: Album | None,
-    factors: dict[str, tuple[Tensor, Tensor]], seeds: Sequence[int],
+    factors: dict[str, tuple[Tensor, Tensor]],
 ) -> list[Lora]:  # fmt: skip
     """Train given factors (name -> down [G, r, in] or [r, in], up [G, out, r]) on albums."""
     trained = [f for pair in factors.values() for f in pair if f.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=config.lr, betas=(0.9, 0.99), foreach=True)
-    draws = _Draws(seeds, config, painter.device)
+    draws = _Draws(config, painter.device)
     schedule = NoiseSchedule(painter.device)
     with half_precision(painter):
         for step in range(config.steps):
@@ -95,7 +96,7 @@ def fit_factors(
             optimizer.zero_grad(set_to_none=True)
             losses.sum().backward()  # a sum: each person's gradient is that of its own mean loss
             optimizer.step()
-    return [_lora(space, factors, person) for person in range(len(seeds))]
+    return [_lora(space, factors, person) for person in range(len(album.latents))]
 
 
 def learning_rate(config: LorasConfig, step: int) -> float:
@@ -123,28 +124,22 @@ def initial_factors(
 
 
 class _Draws:
-    """Which picture, which timestep, which noise: drawn per person from its own seed."""
+    """Which pictures, which timesteps, which noise, step by step: the same for everybody."""
 
-    def __init__(self, seeds: Sequence[int], config: LorasConfig, device: torch.device) -> None:
-        self.generators = [torch.Generator(device).manual_seed(_draw_seed(s)) for s in seeds]
+    def __init__(self, config: LorasConfig, device: torch.device) -> None:
+        self.generator = torch.Generator(device).manual_seed(config.draws)
         self.config, self.device = config, device
-        shape = (config.steps, config.batch)
-        self.t = self._each(lambda g: torch.randint(1000, shape, generator=g, device=device))
-        self.pictures = self._each(
-            lambda g: torch.rand(config.steps, config.pictures, generator=g, device=device)
-        ).argsort(-1)[..., : config.batch]
-
-    def _each(self, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
-        return torch.stack([draw(g) for g in self.generators])
+        self.t = torch.randint(1000, (config.steps, config.batch), **self._source)
+        order = torch.rand(config.steps, config.pictures, **self._source).argsort(-1)
+        self.pictures = order[:, : config.batch]
 
     def noise(self, shape: torch.Size) -> Tensor:
-        """[G * batch, 4, 16, 16], each person's from its own stream."""
-        return torch.cat(
-            [
-                torch.randn(self.config.batch, *shape, generator=g, device=self.device)
-                for g in self.generators
-            ]
-        )
+        """[batch, 4, 16, 16], another one at every call."""
+        return torch.randn(self.config.batch, *shape, **self._source)
+
+    @property
+    def _source(self) -> dict[str, Any]:
+        return {"generator": self.generator, "device": self.device}
 
 
 def _losses(
@@ -152,24 +147,21 @@ def _losses(
     factors: Factors, scale: float,
 ) -> Tensor:  # fmt: skip
     """Mean denoising loss of each person, [G]."""
-    people = torch.arange(len(album.latents), device=painter.device)[:, None]
-    which = draws.pictures[:, step]
-    latents = album.latents[people, which].flatten(0, 1)
-    context = album.contexts[people, which].flatten(0, 1)
-    t = draws.t[:, step].flatten()
-    noise = draws.noise(latents.shape[1:])
+    people, which = len(album.latents), draws.pictures[step]
+    latents = album.latents[:, which].flatten(0, 1)
+    context = album.contexts[:, which].flatten(0, 1)
+    t = draws.t[step].repeat(people)
+    noise = draws.noise(latents.shape[1:]).repeat(people, 1, 1, 1)
     scaled = {name: (down, up * scale) for name, (down, up) in factors.items()}
-    with painter.side_path.using(spread_factors(scaled, which.shape[1])):
+    with painter.side_path.using(spread_factors(scaled, len(which))):
         predicted = painter.unet(schedule.add_noise(latents, noise, t), t, context).sample
-    return schedule.loss(predicted, noise, t).view(len(people), -1).mean(1)
+    return schedule.loss(predicted, noise, t).view(people, -1).mean(1)
 
 
 def _prior_album(painter: Painter, seeds: Sequence[int], config: LorasConfig) -> Album:
     """Other people's photos captioned "a person", for prior preservation."""
     others = identities(torch.tensor([(seed + 500_009) % (1 << 40) for seed in seeds]))
-    return photo_album(
-        painter, others, [seed + 1 for seed in seeds], config.pictures, subject="a person"
-    )
+    return photo_album(painter, others, config.pictures, config.draws + 1, subject="a person")
 
 
 @contextmanager
@@ -188,11 +180,3 @@ def _lora(space: LoraSpace, factors: Factors, person: int) -> Lora:
             name, own.detach().float().cpu().clone(), up[person].detach().float().cpu(), space.scale
         )
     return Lora(layers, {})
-
-
-def _album_seed(seed: int) -> int:
-    return (seed * 2_654_435_761 + 17) % (1 << 62)
-
-
-def _draw_seed(seed: int) -> int:
-    return (seed * 2_246_822_519 + 29) % (1 << 62)
