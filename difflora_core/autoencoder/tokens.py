@@ -66,6 +66,17 @@ class LayerHeads(nn.Module):
         for offset in self.offsets.values():
             nn.init.zeros_(offset)
 
+    @torch.no_grad()
+    def fit(self, values: Tensor) -> None:
+        """Start at each layer's principal directions in LoRAs [N, D]; with fewer of them than
+        `basis`, the other directions stay."""
+        parts = values.float().split(self.counts, dim=-1)
+        for count, group in self.members.items():
+            weight = self.directions[str(count)]
+            for row, i in enumerate(group):
+                found = torch.linalg.svd(parts[i], full_matrices=False).Vh[: weight.shape[-1]]
+                weight[row, :, : len(found)] = found.mT
+
     def compress(self, values: Tensor) -> Tensor:
         """[B, D] -> coefficients [B, L, basis]"""
         parts = values.split(self.counts, dim=-1)

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from difflora_core.autoencoder.tokens import LayerHeads
 from difflora_core.config import to_dict
 from difflora_core.errors import BadConfig, BadWeightsFile, LayoutMismatch
 from difflora_core.lora import Lora
@@ -242,3 +243,25 @@ def test_a_few_steps_of_training_overfit(preset):
         loss.backward()
         optimiser.step()
     assert loss.item() < 0.3 * float(vectors.var())
+
+
+def test_layers_start_at_their_principal_directions() -> None:
+    torch.manual_seed(0)
+    heads = LayerHeads([6, 4], basis=2)
+    heads.initialise()
+    first, second = torch.randn(50, 2) @ torch.randn(2, 6), torch.randn(50, 2) @ torch.randn(2, 4)
+    values = torch.cat([first, second], dim=1)
+    assert not torch.allclose(heads.expand(heads.compress(values)), values, atol=0.1)
+    heads.fit(values)
+    assert torch.allclose(heads.expand(heads.compress(values)), values, atol=1e-4)
+
+
+def test_fewer_loras_than_directions_leave_some_as_they_were() -> None:
+    heads = LayerHeads([6], basis=3)
+    heads.initialise()
+    before = heads.directions["6"].clone()
+    values = torch.randn(2, 6)
+    heads.fit(values)
+    found = heads.directions["6"][0]
+    assert torch.equal(found[:, 2], before[0, :, 2])
+    assert torch.allclose(values @ found[:, :2] @ found[:, :2].mT, values, atol=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from difflora_core.autoencoder.tokens import TokensAutoencoder
 from difflora_core.lora_space import LoraSpace
 from difflora_core.predictor import Predictor
 from difflora_core.presets import preset
@@ -33,6 +34,8 @@ def run(config: Config, folder: RunFolder) -> None:
     predictor = new_predictor(config, loras.space).to(device)
     predictor.value_statistics.fit(train)
     values = predictor.value_statistics(train)
+    if isinstance(predictor.autoencoder, TokensAutoencoder):
+        predictor.autoencoder.layer_heads.fit(values)
     trainer = Trainer(
         {"autoencoder": predictor.autoencoder},
         settings.optim,
