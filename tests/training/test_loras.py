@@ -20,6 +20,7 @@ from training.config import Config, load_config
 from training.loras.collect import read_set
 from training.loras.collect import run as collect
 from training.loras.config import LorasConfig
+from training.loras.learnable import explained_by_identity
 from training.loras.stage import groups, person_file
 from training.loras.stage import run as train
 from training.loras.teacher import initial_factors, photo_album, train_loras
@@ -130,6 +131,17 @@ def test_collecting_nothing_names_the_stage(tmp_path: Path) -> None:
     config = load_config(file)
     with pytest.raises(DiffLoRAError, match="no identity LoRAs"):
         collect(config, open_run(config, "collect-loras"))
+
+
+def test_what_follows_from_the_person_is_told_from_chance() -> None:
+    seeds = torch.arange(200)
+    people = identities(seeds)
+    chance = torch.randn(200, 30, generator=torch.Generator().manual_seed(0))
+    follows = people @ torch.randn(20, 30, generator=torch.Generator().manual_seed(1))
+    mixed = follows + (follows - follows.mean(0)).std() * chance
+    shares = [explained_by_identity(v, seeds) or 0.0 for v in (chance, mixed, follows)]
+    assert shares[0] < 0.05 and 0.3 < shares[1] < 0.7 and shares[2] > 0.9
+    assert explained_by_identity(follows[:3], seeds[:3]) is None
 
 
 def test_groups_cover_everyone_once() -> None:

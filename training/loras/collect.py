@@ -18,6 +18,7 @@ from ..artifacts import artifact, artifacts_folder
 from ..config import Config
 from ..run_folder import RunFolder
 from .config import LorasConfig
+from .learnable import explained_by_identity
 from .stage import lora_space
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ def write_set(folder: Path, loras: LoraSet, config: LorasConfig, refused: int = 
         write_safetensors(folder / name, tensors, {"space": loras.space.id}, overwrite=True)
         shards.append(name)
     norms = loras.vectors.norm(dim=1)
+    explained = explained_by_identity(loras.vectors, loras.seeds)
     index = {
         "space": loras.space.id,
         "count": len(loras),
@@ -82,9 +84,12 @@ def write_set(folder: Path, loras: LoraSet, config: LorasConfig, refused: int = 
         "shards": shards,
         "norm": {"mean": norms.mean().item(), "std": norms.std(correction=0).item()},
         "mean_cosine_to_average": _cosine_to_average(loras.vectors),
+        "explained_by_identity": explained,
     }
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     logger.info("%d LoRAs in %d shards, %d refused", len(loras), len(shards), refused)
+    if explained is not None:
+        logger.info("%.0f %% of what differs between them is who it is", 100 * explained)
 
 
 def read_set(config: Config) -> LoraSet:
