@@ -84,11 +84,7 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a text file whole or not at all."""
-        path = self.path / name
-        temporary = path.with_name(f".{name}.{os.getpid()}")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-        return path
+        return write_whole(self.path / name, text)
 
     def write_environment(self, device: torch.device) -> Path:
         """Record versions and the device (no paths, no host name)."""
@@ -129,6 +125,17 @@ class RunFolder:
             except (OSError, SafetensorError, RuntimeError, EOFError) as error:
                 logger.warning("checkpoint %s is damaged and is skipped: %s", path.name, error)
         return None
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Write a text file whole or not at all; what was there before stays until then."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

@@ -106,6 +106,38 @@ def test_a_restart_trains_exactly_who_is_missing(config: Config) -> None:
     assert read_lora(files[1]).metadata["modelspec.trigger_phrase"] == "sks person"
 
 
+def test_loras_of_another_recipe_are_refused_not_mixed_in(config: Config) -> None:
+    folder = open_run(config, "train-identity-loras")
+    train(config, folder)
+    before = [person_file(folder, seed).read_bytes() for seed in range(3)]
+    for changed in ({"gauge": "free"}, {"steps": 3}, {"draws": 1}):
+        other = dataclasses.replace(config.loras, people=4, **changed)
+        with pytest.raises(DiffLoRAError, match="trained otherwise"):
+            train(dataclasses.replace(config, loras=other), folder)
+    assert [person_file(folder, seed).read_bytes() for seed in range(3)] == before
+    assert not person_file(folder, 3).exists()
+
+
+def test_nothing_usable_is_one_sentence_and_keeps_the_old_set(config: Config) -> None:
+    folder = open_run(config, "train-identity-loras")
+    train(config, folder)
+    collect(config, open_run(config, "collect-loras"))
+    for seed in range(3):
+        person_file(folder, seed).write_bytes(b"not a LoRA")
+    with pytest.raises(DiffLoRAError, match="None of the 3 identity LoRAs"):
+        collect(config, open_run(config, "collect-loras"))
+    assert len(read_set(config)) == 3
+
+
+def test_collecting_again_leaves_no_old_shards(config: Config) -> None:
+    folder = open_run(config, "train-identity-loras")
+    train(config, folder)
+    for _ in range(2):
+        collect(config, open_run(config, "collect-loras"))
+    assert len(list((artifacts_folder(config) / "loras").glob("*.safetensors"))) == 1
+    assert len(read_set(config)) == 3
+
+
 def test_collecting_keeps_what_fits_and_says_what_does_not(config: Config) -> None:
     folder = open_run(config, "train-identity-loras")
     train(config, folder)

@@ -6,6 +6,7 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from difflora_core.weights_file import read_lora, read_safetensors, write_safete
 
 from ..artifacts import artifact, artifacts_folder
 from ..config import Config
-from ..run_folder import RunFolder
+from ..run_folder import RunFolder, write_whole
 from .config import LorasConfig
 from .learnable import explained_by_identity
 from .stage import lora_space
@@ -61,16 +62,21 @@ def run(config: Config, folder: RunFolder) -> None:
         vectors.append(projection.vector)
     for name, reason in list(refused.items())[:3]:
         logger.warning("%s left out: %s", name, reason)
+    if not vectors:
+        raise DiffLoRAError(
+            f"None of the {len(files)} identity LoRAs can be used; {next(iter(refused.items()))}.",
+            hint="Run train-identity-loras again with this config and an empty folder.",
+        )
     collected = LoraSet(space, torch.stack(vectors), torch.tensor(seeds))
     write_set(artifacts_folder(config), collected, config.loras, len(refused))
 
 
 def write_set(folder: Path, loras: LoraSet, config: LorasConfig, refused: int = 0) -> None:
     """Shards first, the index last: an index that is there describes whole shards."""
-    shards = []
+    shards, edition = [], uuid4().hex[:8]  # an earlier set stays readable until the index changes
     (folder / "loras").mkdir(parents=True, exist_ok=True)
     for i in range(0, len(loras), config.shard):
-        name = f"loras/shard_{i // config.shard:03d}.safetensors"
+        name = f"loras/shard_{edition}_{i // config.shard:03d}.safetensors"
         part = slice(i, i + config.shard)
         tensors = {"vectors": loras.vectors[part].half(), "seeds": loras.seeds[part]}
         write_safetensors(folder / name, tensors, {"space": loras.space.id}, overwrite=True)
@@ -86,7 +92,9 @@ def write_set(folder: Path, loras: LoraSet, config: LorasConfig, refused: int = 
         "mean_cosine_to_average": _cosine_to_average(loras.vectors),
         "explained_by_identity": explained,
     }
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    for old in set((folder / "loras").glob("*.safetensors")) - {folder / name for name in shards}:
+        old.unlink()
     logger.info("%d LoRAs in %d shards, %d refused", len(loras), len(shards), refused)
     if explained is not None:
         logger.info("%.0f %% of what differs between them is who it is", 100 * explained)

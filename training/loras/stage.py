@@ -7,9 +7,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from difflora_core.errors import DiffLoRAError
 from difflora_core.header import LoraHeader
 from difflora_core.lora_space import LoraSpace
-from difflora_core.weights_file import write_lora
+from difflora_core.weights_file import TensorFile, write_lora
 
 from ..base.painter import Painter
 from ..config import Config
@@ -37,7 +38,9 @@ def run(config: Config, folder: RunFolder) -> None:
     painter = Painter.open(config)
     (folder.path / "people").mkdir(exist_ok=True)
     wanted = range(settings.first, settings.first + settings.people)
-    missing = [seed for seed in wanted if not person_file(folder, seed).exists()]
+    there = [seed for seed in wanted if person_file(folder, seed).exists()]
+    refuse_other_recipes([person_file(folder, seed) for seed in there], settings)
+    missing = sorted(set(wanted) - set(there))
     logger.info("%d of %d LoRAs are there", len(wanted) - len(missing), len(wanted))
     begin, done = time.monotonic(), 0
     for seeds in groups(missing, settings.group or _default_group(painter)):
@@ -48,11 +51,31 @@ def run(config: Config, folder: RunFolder) -> None:
                 trigger=SUBJECT,
                 space_id=space.id,
                 seed=seed,
+                description=recipe(settings),
             )
             write_lora(lora, person_file(folder, seed), header, overwrite=True)
         done += len(seeds)
         rate = 3600 * done / (time.monotonic() - begin)
         logger.info("%d of %d people, %.0f LoRAs per hour", done, len(missing), rate)
+
+
+def recipe(config: LorasConfig) -> str:
+    """Everything that a person's LoRA depends on, in words for its header."""
+    decisive = ("gauge", "rank", "steps", "pictures", "batch", "draws", "lr", "prior")
+    return ", ".join(f"{name} {getattr(config, name)}" for name in decisive)
+
+
+def refuse_other_recipes(files: list[Path], config: LorasConfig) -> None:
+    """Errors: DiffLoRAError where a folder already holds LoRAs that were trained otherwise."""
+    wanted = recipe(config)
+    for file in files:
+        found = TensorFile(file).metadata.get("modelspec.description", "")
+        if found != wanted:
+            raise DiffLoRAError(
+                f"{file.name} was trained otherwise than this config asks for: "
+                f"{found or 'by an earlier version'} instead of {wanted}.",
+                hint=f"Choose another run.root, or empty the folder {file.parent.name} first.",
+            )
 
 
 def groups(seeds: list[int], size: int) -> Iterator[list[int]]:
