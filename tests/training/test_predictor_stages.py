@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from difflora_core.errors import LayoutMismatch
 from difflora_core.predictor import Predictor
 from tests.training.tiny_world import write_world
 from training.__main__ import open_run
@@ -167,3 +168,34 @@ def test_blends_look_like_people() -> None:
     settings = autoencoder_stage.AutoencoderTraining(batch=4000, mix=1.0)
     drawn = autoencoder_stage.draw_values(values, settings, torch.Generator().manual_seed(1))
     assert abs(drawn.std() - 1) < 0.02 and abs(drawn.mean()) < 0.02
+
+
+def in_free_gauge(config: Config) -> Config:
+    return dataclasses.replace(config, loras=dataclasses.replace(config.loras, gauge="free"))
+
+
+def test_a_set_of_another_gauge_is_refused(config: Config) -> None:
+    autoencoder_stage.run(config, open_run(config, "train-autoencoder"))
+    other = in_free_gauge(config)
+    space = lora_space(other.loras)
+    loras = LoraSet(space, 0.03 * torch.randn(20, space.size), torch.arange(20))
+    write_set(artifacts_folder(other), loras, other.loras)
+    with pytest.raises(LayoutMismatch, match="predictor_autoencoder belongs to another LoRA space"):
+        dit_stage.run(other, open_run(other, "train-dit"))
+
+
+def test_a_denoiser_of_another_gauge_is_refused(config: Config) -> None:
+    autoencoder_stage.run(config, open_run(config, "train-autoencoder"))
+    dit_stage.run(config, open_run(config, "train-dit"))
+    pool = build_people_pool(
+        Painter.open(config), PhotoEncoders(config), config.predictor.finetune, 0
+    )
+    with pytest.raises(LayoutMismatch, match="predictor_dit belongs to another LoRA space"):
+        finetune_stage.starting_predictor(in_free_gauge(config), pool)
+
+
+def test_the_paper_s_recipe_is_the_paper_s() -> None:
+    settings = load_config(Path("training/configs/mini_paper.toml")).predictor
+    assert settings.preset == "paper" and not settings.end_to_end
+    assert settings.autoencoder.mix == settings.autoencoder.delta == 0
+    assert settings.name == "predictor_paper"

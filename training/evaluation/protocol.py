@@ -82,12 +82,14 @@ def draw_trial(settings: EvalConfig, device: torch.device) -> Trial:
     )
 
 
-def draw_prompts(count: int, seed: int, generator: torch.Generator) -> list[str]:
-    """`count` different prompts about held-out combinations of attributes."""
+def draw_prompts(
+    count: int, seed: int, generator: torch.Generator, split: str = "test"
+) -> list[str]:
+    """`count` different prompts; split "test": held-out combinations of attributes."""
     rng = random.Random(seed)
     prompts: dict[str, None] = {}
     while len(prompts) < count:
-        scenes = sample_scenes(count, generator, people=1, split="test")
+        scenes = sample_scenes(count, generator, people=1, split=split)
         prompts |= dict.fromkeys(describe(scenes, rng, subject=PLAIN, mention=MENTION))
     return list(prompts)[:count]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,10 @@ def run(config: Config, folder: RunFolder) -> None:
         folder.part(config.predictor.name),
         items_per_step=settings.batch,
     )
+
+    if loras.space.predicts_down:
+        # half of one A with half of another is nobody's: only with a shared A are blends LoRAs
+        settings = replace(settings, mix=0.0)
 
     def step(i: int) -> dict[str, Tensor]:
         batch = draw_values(values, settings, trainer.generator)

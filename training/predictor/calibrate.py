@@ -62,7 +62,7 @@ class _Trial:
         self.faces, self.images = photos.face[:, 0], photos.image[:, 0]
         generator = torch.Generator().manual_seed(first)
         count = people * self.settings.prompts
-        self.prompts = draw_prompts(count, first, generator)
+        self.prompts = draw_prompts(count, first, generator, split="train")
         self.seeds = torch.randint(2**31, (count,), generator=generator).tolist()
         self.vectors = self._vectors()
 

@@ -21,7 +21,8 @@ class AutoencoderTraining:
     jitter: float = 0.05
     """Noise added to latents, in standard deviations, so that nearby latents decode alike."""
     mix: float = 0.5
-    """Share of LoRAs replaced by a random blend of two: exact in the frozen gauge, free data."""
+    """Share of LoRAs replaced by a random blend of two: exact in the frozen gauge, free data; none
+    are made in gauges that predict A."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(steps=4000, lr=1e-3, warmup=200, ema=0.998)
     )

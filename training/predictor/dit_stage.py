@@ -27,6 +27,7 @@ def run(config: Config, folder: RunFolder) -> None:
     torch.manual_seed(config.run.seed)
     predictor = open_bundle(config, f"{name}_autoencoder")
     loras = read_set(config)
+    loras.space.check_same(predictor.space, f"The artifact {name}_autoencoder")
     with torch.no_grad():
         latents = predictor.encode(loras.vectors.to(predictor.device))
     people = identities(loras.seeds)

@@ -61,11 +61,15 @@ def run(config: Config, folder: RunFolder) -> None:
 def starting_predictor(config: Config, pool: PeoplePool) -> Predictor:
     """What train-dit has learnt, the finished predictor again, or an untrained one."""
     name, start = config.predictor.name, config.predictor.finetune.start
-    if start == "dit":
-        return open_bundle(config, f"{name}_dit")
-    predictor = open_bundle(config, name) if start == "artifact" else untrained(config)
-    # the encoders may have been trained again since
-    predictor.mixer.fit(pool.photos.face.flatten(0, 1), pool.photos.image.flatten(0, 1))
+    if start == "fresh":
+        predictor = untrained(config)
+    else:
+        name = f"{name}_dit" if start == "dit" else name
+        predictor = open_bundle(config, name)
+        lora_space(config.loras).check_same(predictor.space, f"The artifact {name}")
+    if start != "dit":
+        # the encoders may have been trained again since
+        predictor.mixer.fit(pool.photos.face.flatten(0, 1), pool.photos.image.flatten(0, 1))
     return predictor
 
 
