@@ -58,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DiffLoRAError as error:
         logger.error("error: %s", error)
         return 2
+    except OSError as error:
+        logger.error("error: %s", refused_by_system(error))
+        return 2
     return 0
 
 
@@ -72,6 +75,13 @@ def _run(options: argparse.Namespace) -> None:
     stage = find_stage(options.stage)
     folder = open_run(config, options.stage)
     stage(config, folder)
+
+
+def refused_by_system(error: OSError) -> str:
+    """A sentence for a full disk, a folder that cannot be written to, and their like."""
+    place = f": {error.filename}" if error.filename else ""
+    reason = error.strerror or str(error)
+    return f"{reason}{place}. Check that there is room and that you may write there."
 
 
 def find_stage(name: str) -> Stage:

@@ -14,7 +14,7 @@ from tests.training.tiny_world import evaluated_world
 from training.__main__ import main, open_run
 from training.artifacts import artifacts_folder
 from training.config import Config, load_config
-from training.evaluation import audition
+from training.evaluation import audition, stage
 from training.evaluation.config import ROWS
 from training.evaluation.rows import ROWS as METHODS
 from training.evaluation.stage import check_rows, run
@@ -38,6 +38,17 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
 
 def test_methods_are_the_rows_of_the_table() -> None:
     assert tuple(METHODS) == ROWS
+
+
+def test_a_place_that_takes_no_figures_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(stage, "open_bench", lambda config: pytest.fail("work began"))
+    (tmp_path / "tiny.toml").write_text(f'[run]\nroot = "{tmp_path / "run"}"\n')
+    words = [*SMALL, "--config", str(tmp_path / "tiny.toml"), "--json", str(tmp_path)]
+    assert main(["evaluate", *words]) == 2
+    assert "Is a directory" in caplog.text and "Traceback" not in caplog.text
+    assert not list(tmp_path.parent.glob(f".{tmp_path.name}*"))
 
 
 def test_all_rows_have_all_measures(config: Config, tmp_path: Path) -> None:

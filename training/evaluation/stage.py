@@ -18,7 +18,7 @@ from training.artifacts import MissingArtifact
 from training.base.painter import Painter
 from training.config import Config
 from training.portraits import ATTRIBUTES
-from training.run_folder import RunFolder, device_name
+from training.run_folder import RunFolder, device_name, write_whole
 
 from .config import EvalConfig
 from .judges import Judges
@@ -42,6 +42,9 @@ def run(config: Config, folder: RunFolder) -> None:
     Figures are written after every row, so that a long run that is stopped leaves its first rows.
     """
     check_rows(config.eval)
+    if config.eval.json:  # a place that cannot be written to is refused now, not after hours
+        Path(config.eval.json).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(Path(config.eval.json), "{}\n")
     bench = open_bench(config)
     yardstick = Yardstick.make(bench.judges, bench.trial, config.eval.seed)
     so_far = Outcome({}, {}, {}, {})
@@ -144,9 +147,7 @@ def write(config: Config, folder: RunFolder, trial: Trial, so_far: Outcome) -> N
     text = json.dumps(outcome, indent=2) + "\n"
     folder.write_text("results.json", text)
     if config.eval.json:
-        path = Path(config.eval.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_whole(Path(config.eval.json), text)
     folder.write_text("table.md", markdown(so_far.rows))
     if config.eval.sheet_people:
         _save_sheet(folder, trial, so_far.samples, config.eval.sheet_people)
