@@ -159,9 +159,9 @@ def check_fits(lora: Mapping[str, Tensor], model: comfy.model_patcher.ModelPatch
     """Errors: LayoutMismatch unless the model has every U-Net layer of a LoRA, at its shape."""
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
     weights = model.model.state_dict()
-    ups = {key.rpartition(".lora_up")[0]: t for key, t in lora.items() if ".lora_up." in key}
-    layers = {name: up for name, up in ups.items() if name.startswith("lora_unet_")}
-    strange = [name for name, up in layers.items() if not _fits(weights.get(keys.get(name)), up)]
+    names = [key.rpartition(".lora_up")[0] for key in lora if ".lora_up." in key]
+    layers = [name for name in names if name.startswith("lora_unet_")]
+    strange = [name for name in layers if not _fits(weights.get(keys.get(name)), lora, name)]
     if strange:
         raise LayoutMismatch(
             f"This LoRA was made for another base model: {len(strange)} of {len(layers)} layers "
@@ -170,8 +170,12 @@ def check_fits(lora: Mapping[str, Tensor], model: comfy.model_patcher.ModelPatch
         )
 
 
-def _fits(weight: Tensor | None, up: Tensor) -> bool:
-    return weight is not None and weight.shape[0] == up.shape[0]
+def _fits(weight: Tensor | None, lora: Mapping[str, Tensor], name: str) -> bool:
+    """Outputs alone tell SD 1.5 from SD 2.1 nowhere, inputs do in the layers that see the text."""
+    if weight is None:
+        return False
+    up, down = lora[f"{name}.lora_up.weight"], lora[f"{name}.lora_down.weight"]
+    return up.shape[0] == weight.shape[0] and down[0].numel() == weight[0].numel()
 
 
 def number_list(text: str) -> list[float]:

@@ -196,6 +196,12 @@ def test_another_base_model_is_refused(host: Host, world: Path) -> None:
     wide = {key: torch.cat([t, t]) if "lora_up" in key else t for key, t in lora.items()}
     with pytest.raises(mismatch, match="made for another base model: 56 of 56 layers"):
         check(wide, model)
+    # as SD 2.1's layers look to SD 1.5: only what reads the text has other inputs
+    deep = {
+        key: torch.cat([t, t], 1) if "attn2_to_k.lora_down" in key else t for key, t in lora.items()
+    }
+    with pytest.raises(mismatch, match="made for another base model: 8 of 56 layers"):
+        check(deep, model)
 
 
 MINI = {"mini": node("DiffLoRA_LoadMiniModel")}
