@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 from .errors import BadImage, NoFaceFound
 from .face import Choice, Face, FaceEncoder, choose_face
 from .face_crop import square_crop
-from .features import Features, fuse
+from .features import Features, PhotoNote, fuse
 from .image_encoder import ImageEncoder
 from .photos import Pixels
 
@@ -39,7 +40,7 @@ def encode_photos(
     ]
     faces = [face for face in chosen if face is not None]
     ones = torch.ones(len(photos))
-    return fuse(
+    features = fuse(
         torch.from_numpy(np.stack([f.embedding for f in faces])) if faces else None,
         _embed(image_encoder, views) if image_encoder else None,
         torch.tensor([f.score for f in faces]) if faces else ones,
@@ -47,6 +48,8 @@ def encode_photos(
         face_encoder=face_encoder.name if face_encoder else "",
         image_encoder=image_encoder.config.name if image_encoder else "",
     )
+    notes = tuple(map(_which_face, features.photos, found, chosen))
+    return dataclasses.replace(features, photos=notes)
 
 
 def _faces(encoder: FaceEncoder | None, photo: Pixels, number: int) -> list[Face]:
@@ -59,6 +62,13 @@ def _faces(encoder: FaceEncoder | None, photo: Pixels, number: int) -> list[Face
             hint="Use a photo in which the face is large, sharp and turned to the camera.",
         )
     return faces
+
+
+def _which_face(note: PhotoNote, faces: list[Face], chosen: Face | None) -> PhotoNote:
+    if chosen is None:
+        return note
+    number = 1 + next(i for i, face in enumerate(faces) if face is chosen)
+    return dataclasses.replace(note, faces=len(faces), face=number)
 
 
 def _view(photo: Pixels, faces: list[Face], chosen: Face | None) -> Pixels:

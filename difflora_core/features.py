@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .config import from_dict, to_dict
 from .errors import BadWeightsFile, DiffLoRAError, LayoutMismatch
-from .weights_file import read_safetensors, write_safetensors
+from .weights_file import header_json, read_safetensors, write_safetensors
 
 LEAST_QUALITY = 0.05  # so that no photo loses its say by one measure alone
 ODD_ONE_OUT = 0.3  # a photo this far (cosine) below the median agreement shows somebody else
@@ -35,6 +35,10 @@ class PhotoNote:
     weight: float = 1.0
     """share in the fused features; the weights of all photos add up to 1"""
     used: bool = True
+    faces: int = 0
+    """found in it; 0 where none was looked for"""
+    face: int = 0
+    """the one that was taken, counted from 1 at the left"""
     note: str = ""
 
 
@@ -126,7 +130,7 @@ class Features:
             tensors["weights"],
             header.get("face_encoder", ""),
             header.get("image_encoder", ""),
-            tuple(from_dict(PhotoNote, row) for row in json.loads(header.get("photos", "[]"))),
+            tuple(from_dict(PhotoNote, row) for row in header_json(path, header, "photos", "[]")),
         )
 
 

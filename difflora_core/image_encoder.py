@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .config import from_dict, to_dict
 from .errors import BadWeightsFile, DiffLoRAError
-from .weights_file import read_safetensors, write_safetensors
+from .weights_file import header_json, read_safetensors, write_safetensors
 
 TOKEN_TABLE = "token_embedding.weight"
 #: OpenAI's picture statistics, which nearly all CLIP models keep
@@ -140,7 +140,7 @@ def _open_ours(path: Path) -> ImageEncoder:
             f"{path.name} is not an image encoder of ours: its header has no config.",
             hint="For an OpenCLIP checkpoint also choose the model name, such as ViT-L-14.",
         )
-    config = from_dict(ImageEncoderConfig, json.loads(metadata["config"]), "image_encoder")
+    config = from_dict(ImageEncoderConfig, header_json(path, metadata, "config"), "image_encoder")
     encoder = ImageEncoder.create(config)
     state = dict(tensors)
     if "token_rows" in state:

@@ -7,7 +7,6 @@ half precision and opened in single precision.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import BadWeightsFile
-from .weights_file import read_safetensors
+from .weights_file import header_json, read_safetensors
 
 MINI_FOLDER = Path(__file__).parent / "mini"
 UNET, VAE, TEXT_ENCODER = "unet.safetensors", "vae.safetensors", "text_encoder.safetensors"
@@ -40,7 +39,7 @@ def open_part(name: str, folder: Path = MINI_FOLDER) -> Part:
     tensors = {key: _single(tensor) for key, tensor in tensors.items()}
     if "token_rows" in tensors:
         tensors = _expand_tokens(tensors)
-    return Part(tensors, json.loads(metadata["config"]))
+    return Part(tensors, header_json(name, metadata, "config"))
 
 
 def _single(tensor: Tensor) -> Tensor:

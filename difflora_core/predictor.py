@@ -26,7 +26,7 @@ from .mif import Condition, MixedImageFeatures
 from .normalise import Standardise
 from .predictor_config import PredictorConfig, SamplingConfig
 from .sampler import MAX_STEPS, Progress, guided, sample, seeded_noise
-from .weights_file import read_safetensors, write_safetensors
+from .weights_file import header_json, read_safetensors, write_safetensors
 
 STATISTICS = ("mean", "std")  # kept in single precision: small numbers that scale everything
 MAX_CANDIDATES = 64
@@ -220,7 +220,7 @@ class Predictor(nn.Module):
                 f"{path.name} is not a DiffLoRA predictor: its header has no predictor config.",
                 hint="Choose a file made by `python -m training`, or the one that ships with us.",
             )
-        config = from_dict(PredictorConfig, json.loads(header["config"]))
+        config = from_dict(PredictorConfig, header_json(path, header, "config"))
         with torch.device("meta"):  # no memory or time for initial weights
             predictor = cls(config)
         check_keys(path.name, tensors, predictor.state_dict())

@@ -21,7 +21,7 @@ from .config import from_dict, to_dict
 from .errors import BadWeightsFile
 from .face_crop import TEMPLATE_SIZE, align
 from .likeness import Calibration
-from .weights_file import read_safetensors, write_safetensors
+from .weights_file import header_json, read_safetensors, write_safetensors
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,9 @@ class Recogniser(nn.Module):
                 f"{Path(path).name} is not a recogniser of ours: its header has no config.",
                 hint="Pass recogniser.safetensors or a file that train-encoders wrote.",
             )
-        model = cls(from_dict(RecogniserConfig, json.loads(metadata["config"]), "recogniser"))
+        model = cls(
+            from_dict(RecogniserConfig, header_json(path, metadata, "config"), "recogniser")
+        )
         try:
             model.network.load_state_dict({k: v.float() for k, v in tensors.items()})
         except RuntimeError as error:

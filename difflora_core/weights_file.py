@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from .tensor_writing import Header, write_safetensors, write_tensors
 
 __all__ = [
     "TensorFile",
+    "header_json",
     "lora_from_state_dict",
     "lora_to_kohya",
     "open_lora",
@@ -36,6 +38,17 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
     """Tensors (on the CPU) and header of a file. Raises BadWeightsFile, saying what is wrong."""
     file = TensorFile(path)
     return {key: file.tensor(key) for key in file}, file.metadata
+
+
+def header_json(path: str | Path, header: Mapping[str, str], key: str, default: str = "") -> Any:
+    """What a header keeps as JSON under `key`. Raises BadWeightsFile where it is damaged."""
+    try:
+        return json.loads(header.get(key, default))
+    except ValueError as error:
+        raise BadWeightsFile(
+            f"The header of {Path(path).name} is damaged: its {key} breaks off or is no JSON.",
+            hint="Get the file again from where it came from.",
+        ) from error
 
 
 def open_lora(path: str | Path, *, lazy: bool = False, any_model: bool = False) -> LoraReading:

@@ -71,7 +71,8 @@ class EncodeFaceFeatures(io.ComfyNode):
                 io.String.Input(
                     "weights",
                     default="",
-                    tooltip="How much each photo counts, such as 1, 0.5. Empty: all alike.",
+                    tooltip="How much each photo counts, such as 1, 0.5. Empty: by how "
+                    "clear each face is.",
                 ),
             ],
             outputs=[

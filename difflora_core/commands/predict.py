@@ -11,7 +11,11 @@ from ..mini_world import MINI_FOLDER
 from ..shell import check_free
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..face import FaceEncoder
     from ..features import Features
+    from ..photos import Pixels
     from ..predictor import Predictor
 
 PREDICTOR = MINI_FOLDER / "predictor.safetensors"
@@ -31,10 +35,15 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal LoRAs")
     parser.add_argument("--steps", type=int, help="sampling steps, 1 to 50")
     parser.add_argument("--candidates", type=int, default=1, help="draw N, keep the most typical")
-    parser.add_argument("--strength", type=float, help="factor on the LoRA")
+    parser.add_argument(
+        "--strength", type=float, default=1.0, help="1 = as calibrated for the predictor"
+    )
     parser.add_argument("--guidance", type=float, help="1 = none, more = farther from the average")
     parser.add_argument(
         "--face", default="largest", help="largest, leftmost, ..., or its number from the left"
+    )
+    parser.add_argument(
+        "--crops", type=Path, help="write the faces that were found, with their numbers, .png"
     )
     parser.add_argument(
         "--face-root", type=Path, default=FACE_ROOT, help="folder with models/PACK of InsightFace"
@@ -65,7 +74,7 @@ def run(args: argparse.Namespace) -> dict:
         steps=args.steps,
         candidates=args.candidates,
         guidance=args.guidance,
-        strength=args.strength,
+        strength=args.strength * predictor.config.sampling.strength,
     )
     report = prediction.report
     header = LoraHeader(
@@ -89,12 +98,34 @@ def describe(report: dict) -> str:
         f" seed {report['seed']}",
         f"  prompt with  {report['trigger']}",
         f"  photos       {seconds['encode']:.2f} s to encode",
-        *(f"    {p['number']}: weight {p['weight']:.2f} {p['note']}" for p in report["photos"]),
+        *map(_photo_line, report["photos"]),
         f"  prediction   {seconds['predict']:.2f} s, {report['steps']} steps",
     ]
     if report["candidates"] > 1:
         lines.append(f"  candidates   {report['candidates']}, spread {report['spread']:.2f}")
     return "\n".join(lines)
+
+
+def _photo_line(photo: dict) -> str:
+    line = f"    {photo['number']}: weight {photo['weight']:.2f}"
+    if photo["faces"] > 1:
+        line += f", face {photo['face']} of {photo['faces']} from the left"
+    return f"{line} {photo['note']}".rstrip()
+
+
+def _write_crops(photos: Sequence[Pixels], encoder: FaceEncoder, path: Path) -> None:
+    """One row of numbered faces per photo."""
+    import numpy as np
+    from PIL import Image
+
+    from ..face import face_previews
+
+    rows = [np.concatenate(list(face_previews(p, f)), 1) for p in photos if (f := encoder.faces(p))]
+    if not rows:
+        return
+    width = max(row.shape[1] for row in rows)
+    padded = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows]
+    Image.fromarray(np.concatenate(padded)).save(path)
 
 
 def _features(args: argparse.Namespace, predictor: Predictor) -> Features:
@@ -107,6 +138,8 @@ def _features(args: argparse.Namespace, predictor: Predictor) -> Features:
     photos = [load_photo(path) for path in args.photos]
     face_name = predictor.config.face_encoder.name or MINI_PACK
     face_encoder = FaceEncoder.open(args.face_root, face_name)
+    if args.crops:
+        _write_crops(photos, face_encoder, args.crops)
     model = "" if predictor.space.base == "mini" else predictor.config.image_encoder.name
     image_encoder = ImageEncoder.open(args.image_encoder, model)
     return encode_photos(photos, face_encoder, image_encoder, args.face)

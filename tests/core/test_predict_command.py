@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -18,7 +19,8 @@ from difflora_core.encode import encode_photos
 from difflora_core.errors import BadImage, DiffLoRAError, NoFaceFound
 from difflora_core.face import Face
 from difflora_core.lora_space import LoraSpace
-from difflora_core.weights_file import read_lora, read_safetensors
+from difflora_core.predictor import Predictor
+from difflora_core.weights_file import read_lora, read_safetensors, write_safetensors
 
 from .predictors import FACE, IMAGE, tiny_predictor
 
@@ -120,6 +122,41 @@ def test_user_errors_leave_nothing_behind(world, capsys, arguments, error):
     code, report = predict(world, capsys, *arguments)
     assert code == 2 and error in report["error"]
     assert {p.name for p in world.iterdir()} == before
+
+
+def test_reports_say_which_face_was_taken(world, capsys):
+    crops = world / "crops.png"
+    code, report = predict(world, capsys, "faces2.png", "faces1.png", "--crops", str(crops))
+    assert code == 0
+    assert [(p["faces"], p["face"]) for p in report["photos"]] == [(2, 2), (1, 1)]
+    width, height = Image.open(crops).size
+    assert (width, height) == (2 * 160, 2 * 160)  # two faces above one, each 160 pixels wide
+
+
+def test_a_number_that_is_not_there_still_leaves_the_numbered_faces(world, capsys):
+    crops = world / "crops.png"
+    code, report = predict(world, capsys, "faces2.png", "--face", "3", "--crops", str(crops))
+    assert code == 2 and "no face number 3" in report["error"]
+    assert Image.open(crops).size == (2 * 160, 160)
+
+
+def test_strength_is_relative_to_the_calibrated_one(world, capsys):
+    predictor = Predictor.open(world / "predictor.safetensors")
+    sampling = dataclasses.replace(predictor.config.sampling, strength=1.5)
+    predictor.config = dataclasses.replace(predictor.config, sampling=sampling)
+    predictor.save(world / "predictor.safetensors", overwrite=True)
+    assert predict(world, capsys, "faces1.png")[1]["strength"] == 1.5
+    halved = predict(world, capsys, "faces1.png", "--strength", "0.5", "--overwrite")[1]
+    assert halved["strength"] == 0.75
+
+
+def test_a_predictor_with_a_broken_header_is_one_sentence(world, capsys):
+    path = world / "predictor.safetensors"
+    tensors, header = read_safetensors(path)
+    write_safetensors(path, tensors, {**header, "config": header["config"][:-9]}, overwrite=True)
+    code, report = predict(world, capsys, "faces1.png")
+    assert code == 2 and "header of predictor.safetensors is damaged" in report["error"]
+    assert not (world / "person.safetensors").exists()
 
 
 def test_report_for_people_names_photos_and_trigger(world, capsys):
