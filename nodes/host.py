@@ -165,7 +165,7 @@ def check_fits(lora: Mapping[str, Tensor], model: comfy.model_patcher.ModelPatch
     if strange:
         raise LayoutMismatch(
             f"This LoRA was made for another base model: {len(strange)} of {len(layers)} layers "
-            f"do not exist in the connected one ({strange[0]}).",
+            f"do not fit the connected one ({strange[0]}).",
             hint="Use the model that the predictor was trained for.",
         )
 
