@@ -69,9 +69,9 @@ def open_input(path: Path) -> LoraReading:
         return open_lora(path, lazy=True, any_model=True)
 
 
-def check_free(path: Path, overwrite: bool) -> None:
+def check_free(path: Path, overwrite: bool, suffix: str = ".safetensors") -> None:
     """Before any work: the file must be writable under that name. Errors: BadWeightsFile."""
-    if path.suffix != ".safetensors":
-        raise BadWeightsFile(f"{path.name} must end in .safetensors.")
+    if path.suffix != suffix:
+        raise BadWeightsFile(f"{path.name} must end in {suffix}.")
     if path.exists() and not overwrite:
         raise BadWeightsFile(f"{path} exists already.", hint="Choose another name or --overwrite.")

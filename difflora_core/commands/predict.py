@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,6 +65,8 @@ def run(args: argparse.Namespace) -> dict:
 
     begin = time.perf_counter()
     check_free(args.out, args.overwrite)
+    if args.crops:
+        check_free(args.crops, args.overwrite, ".png")
     predictor = Predictor.open(args.predictor)
     loaded = time.perf_counter()
     features = _features(args, predictor)
@@ -114,10 +117,11 @@ def _photo_line(photo: dict) -> str:
 
 
 def _write_crops(photos: Sequence[Pixels], encoder: FaceEncoder, path: Path) -> None:
-    """One row of numbered faces per photo."""
+    """One row of numbered faces per photo, whole or not at all. Errors: BadImage."""
     import numpy as np
     from PIL import Image
 
+    from ..errors import BadImage
     from ..face import face_previews
 
     rows = [np.concatenate(list(face_previews(p, f)), 1) for p in photos if (f := encoder.faces(p))]
@@ -125,7 +129,20 @@ def _write_crops(photos: Sequence[Pixels], encoder: FaceEncoder, path: Path) -> 
         return
     width = max(row.shape[1] for row in rows)
     padded = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows]
-    Image.fromarray(np.concatenate(padded)).save(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.concatenate(padded)).save(temporary, "png")
+        temporary.replace(path)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise BadImage(
+            f"{path.name} could not be written: {reason}.",
+            hint="Check the free space and the rights of the folder.",
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):  # renamed away, or the folder is none
+            temporary.unlink()
 
 
 def _features(args: argparse.Namespace, predictor: Predictor) -> Features:

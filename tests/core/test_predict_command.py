@@ -115,10 +115,13 @@ def test_existing_file_is_kept_unless_told(world, capsys):
         (("faces2.png", "--face", "3"), "no face number 3"),
         (("nowhere.png",), "no picture at"),
         (("faces1.png", "--steps", "0"), "steps must be 1 to 50"),
+        (("faces1.png", "--crops", "crops.jpg"), "crops.jpg must end in .png"),
+        (("faces1.png", "--crops", "FOLDER/faces1.png/crops.png"), "could not be written"),
     ],
 )
 def test_user_errors_leave_nothing_behind(world, capsys, arguments, error):
     before = {p.name for p in world.iterdir()}
+    arguments = [word.replace("FOLDER", str(world)) for word in arguments]
     code, report = predict(world, capsys, *arguments)
     assert code == 2 and error in report["error"]
     assert {p.name for p in world.iterdir()} == before

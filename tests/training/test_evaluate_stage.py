@@ -17,7 +17,7 @@ from training.config import Config, load_config
 from training.evaluation import audition, stage
 from training.evaluation.config import ROWS
 from training.evaluation.rows import ROWS as METHODS
-from training.evaluation.stage import check_rows, run
+from training.evaluation.stage import check_place, check_rows, run
 
 SMALL = [
     "run.device=cpu", "eval.people=2", "eval.prompts=2", "eval.references=2", "eval.paint_steps=2",
@@ -47,8 +47,17 @@ def test_a_place_that_takes_no_figures_is_refused_before_any_work(
     (tmp_path / "tiny.toml").write_text(f'[run]\nroot = "{tmp_path / "run"}"\n')
     words = [*SMALL, "--config", str(tmp_path / "tiny.toml"), "--json", str(tmp_path)]
     assert main(["evaluate", *words]) == 2
-    assert "Is a directory" in caplog.text and "Traceback" not in caplog.text
-    assert not list(tmp_path.parent.glob(f".{tmp_path.name}*"))
+    assert "is a folder" in caplog.text
+    words[-1] = str(tmp_path / "tiny.toml" / "figures.json")  # a file cannot hold files
+    assert main(["evaluate", *words]) == 2
+    assert "you may write there" in caplog.text
+
+
+def test_looking_at_the_place_keeps_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "figures.json").write_text("of yesterday")
+    check_place(tmp_path / "figures.json")
+    assert [p.name for p in tmp_path.iterdir()] == ["figures.json"]
+    assert (tmp_path / "figures.json").read_text() == "of yesterday"
 
 
 def test_all_rows_have_all_measures(config: Config, tmp_path: Path) -> None:

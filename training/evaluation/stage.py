@@ -42,9 +42,8 @@ def run(config: Config, folder: RunFolder) -> None:
     Figures are written after every row, so that a long run that is stopped leaves its first rows.
     """
     check_rows(config.eval)
-    if config.eval.json:  # a place that cannot be written to is refused now, not after hours
-        Path(config.eval.json).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(Path(config.eval.json), "{}\n")
+    if config.eval.json:
+        check_place(Path(config.eval.json))
     bench = open_bench(config)
     yardstick = Yardstick.make(bench.judges, bench.trial, config.eval.seed)
     so_far = Outcome({}, {}, {}, {})
@@ -104,6 +103,14 @@ def check_rows(settings: EvalConfig) -> None:
         raise BadConfig(f"eval.rows has {unknown}; the rows are {', '.join(ROWS)}.")
     if settings.people < 2 or settings.prompts < 2:
         raise BadConfig("eval.people and eval.prompts must be at least 2 for an interval.")
+
+
+def check_place(path: Path) -> None:
+    """Before hours of work: the figures can be written there. Errors: BadConfig, OSError."""
+    if path.is_dir():
+        raise BadConfig(f"{path} is a folder.", hint="Name a file for the figures.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path.with_name(f".{path.name}.probe"), "").unlink()
 
 
 def open_bench(config: Config) -> Bench:
