@@ -171,7 +171,7 @@ def check_fits(lora: Mapping[str, Tensor], model: comfy.model_patcher.ModelPatch
 
 
 def _fits(weight: Tensor | None, lora: Mapping[str, Tensor], name: str) -> bool:
-    """Outputs alone tell SD 1.5 from SD 2.1 nowhere, inputs do in the layers that see the text."""
+    """SD 1.5 and SD 2.1 differ only in the inputs of the layers that see the text."""
     if weight is None:
         return False
     up, down = lora[f"{name}.lora_up.weight"], lora[f"{name}.lora_down.weight"]

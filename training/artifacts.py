@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ from difflora_core.errors import BadWeightsFile, DiffLoRAError
 from difflora_core.weights_file import read_safetensors, write_safetensors
 
 from .config import Config
-from .run_folder import RunFolder, device_name
+from .run_folder import RunFolder, device_name, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -153,10 +152,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def write_manifest(folder: Path, entries: Mapping[str, Any]) -> None:
     """Write the manifest whole or not at all, sorted by name."""
-    temporary = folder / f".{MANIFEST}.{os.getpid()}"
     text = json.dumps(dict(sorted(entries.items())), indent=2, ensure_ascii=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    temporary.replace(folder / MANIFEST)
+    write_whole(folder / MANIFEST, text + "\n")
 
 
 def sha256(path: Path) -> str:

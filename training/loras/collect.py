@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -63,8 +63,9 @@ def run(config: Config, folder: RunFolder) -> None:
     for name, reason in list(refused.items())[:3]:
         logger.warning("%s left out: %s", name, reason)
     if not vectors:
+        name, reason = next(iter(refused.items()))
         raise DiffLoRAError(
-            f"None of the {len(files)} identity LoRAs can be used; {next(iter(refused.items()))}.",
+            f"None of the {len(files)} identity LoRAs can be used; of {name}: {reason}",
             hint="Run train-identity-loras again with this config and an empty folder.",
         )
     collected = LoraSet(space, torch.stack(vectors), torch.tensor(seeds))
@@ -73,7 +74,10 @@ def run(config: Config, folder: RunFolder) -> None:
 
 def write_set(folder: Path, loras: LoraSet, config: LorasConfig, refused: int = 0) -> None:
     """Shards first, the index last: an index that is there describes whole shards."""
-    shards, edition = [], uuid4().hex[:8]  # an earlier set stays readable until the index changes
+    shards, edition = (
+        [],
+        secrets.token_hex(4),
+    )  # an earlier set stays readable until the index changes
     (folder / "loras").mkdir(parents=True, exist_ok=True)
     for i in range(0, len(loras), config.shard):
         name = f"loras/shard_{edition}_{i // config.shard:03d}.safetensors"
