@@ -25,6 +25,7 @@ from training.encoders.attributes_net import (
 )
 from training.encoders.config import NAMES, RecogniserTraining
 from training.encoders.detector_loss import assign, diou_loss, focal
+from training.encoders.image_encoder import own_name
 from training.encoders.stage import run
 from training.example_pool import Pool
 from training.portraits import ATTRIBUTES
@@ -204,6 +205,9 @@ def test_stage_trains_every_encoder(tmp_path: Path) -> None:
     assert first != second
     encoder = ImageEncoder.open(place / "image_encoder.safetensors")
     assert encoder.encode(torch.rand(1, 3, 128, 128))[0].shape == (1, 16)
+    assert encoder.config.name == own_name(encoder)
+    next(encoder.visual.parameters()).data.add_(0.1)
+    assert encoder.config.name != own_name(encoder)
     checker = PortraitNet.open(place / "attribute_heads.safetensors")
     assert set(checker(torch.rand(1, 3, 128, 128))) == {*ATTRIBUTES, "identity"}
     features = PortraitNet.open(place / "self_supervised.safetensors")

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from difflora_core.errors import LayoutMismatch
+from difflora_core.image_encoder import ImageEncoder
 from difflora_core.predictor import Predictor
 from tests.training.tiny_world import write_world
 from training.__main__ import open_run
@@ -19,6 +20,7 @@ from training.loras.collect import LoraSet, write_set
 from training.loras.stage import lora_space
 from training.portraits import identities
 from training.predictor import autoencoder_stage, calibrate, dit_stage, finetune_stage
+from training.predictor.bundle import save_bundle
 from training.predictor.conditions import PhotoEncoders, sample_photos
 from training.predictor.people_pool import build_people_pool
 
@@ -67,6 +69,7 @@ def test_stages_hand_over(tmp_path: Path, preset: str, monkeypatch: pytest.Monke
     predictor = Predictor.open(artifact(config, name))
     assert predictor.config.name == name and predictor.config.trigger == "sks person"
     assert predictor.config.face_encoder.name == "mini"
+    assert predictor.config.image_encoder.name == "tiny"
     figures = read_manifest(artifacts_folder(config))[f"{name}.safetensors"]["figures"]
     assert figures["strength"] == 1.0 and figures["steps"] > 0
 
@@ -89,6 +92,21 @@ def test_end_to_end_goes_on_from_a_finished_predictor(config: Config, tmp_path: 
     for name, tensor in before.state_dict().items():
         if "mixer" not in name:
             torch.testing.assert_close(after.state_dict()[name], tensor, msg=name)
+
+
+def test_end_to_end_refuses_a_start_from_another_image_encoder(config: Config) -> None:
+    predictor = finetune_stage.untrained(config)
+    save_bundle(config, predictor, "predictor_dit")
+    pool = build_people_pool(
+        Painter.open(config), PhotoEncoders(config), config.predictor.finetune, 0
+    )
+    assert finetune_stage.starting_predictor(config, pool)
+    path = artifact(config, "image_encoder")
+    encoder = ImageEncoder.open(path)
+    encoder.config = dataclasses.replace(encoder.config, name="tiny, trained again")
+    encoder.save(path, overwrite=True)
+    with pytest.raises(LayoutMismatch, match=r"learnt to read the tiny; .* tiny, trained again"):
+        finetune_stage.starting_predictor(config, pool)
 
 
 def test_end_to_end_gradients_reach_every_part(config: Config) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from difflora_core.errors import LayoutMismatch
+from difflora_core.image_encoder import ImageEncoder
 from difflora_core.predictor import Predictor
 from difflora_core.predictor_config import EncoderInfo
 
 from ..artifacts import artifact, artifacts_folder, command_line
 from ..config import Config
 
-#: names that FaceEncoder and ImageEncoder report for the mini world
-FACE_ENCODER = EncoderInfo("mini", "Apache-2.0")
 LICENCE = "Apache-2.0"
+#: the name that FaceEncoder reports for the mini world
+FACE_ENCODER = EncoderInfo("mini", LICENCE)
 
 
 def save_bundle(config: Config, predictor: Predictor, name: str) -> Path:
@@ -25,7 +27,7 @@ def save_bundle(config: Config, predictor: Predictor, name: str) -> Path:
         predictor.config,
         name=config.predictor.name,
         face_encoder=FACE_ENCODER,
-        image_encoder=EncoderInfo("mini image encoder", LICENCE),
+        image_encoder=EncoderInfo(image_encoder_name(config), LICENCE),
         notes=notes,
     )
     predictor.save(path, overwrite=True)
@@ -36,3 +38,18 @@ def open_bundle(config: Config, name: str) -> Predictor:
     """Artifact `name` on the run's device, ready to train on."""
     predictor = Predictor.open(artifact(config, name), config.run.torch_device())
     return predictor.train().requires_grad_(True)
+
+
+def image_encoder_name(config: Config) -> str:
+    """Of the image encoder that this run's predictors see photos through."""
+    return ImageEncoder.open(artifact(config, "image_encoder")).config.name
+
+
+def check_image_encoder(config: Config, predictor: Predictor, what: str) -> None:
+    """Errors: LayoutMismatch where `predictor` has learnt from another image encoder."""
+    theirs, ours = predictor.config.image_encoder.name, image_encoder_name(config)
+    if theirs != ours:
+        raise LayoutMismatch(
+            f"{what} has learnt to read the {theirs}; this run's is the {ours}.",
+            hint="Run train-dit again.",
+        )

@@ -28,7 +28,7 @@ from ..face_term import FaceTerm
 from ..loras.stage import lora_space
 from ..run_folder import RunFolder
 from .autoencoder_stage import new_predictor
-from .bundle import open_bundle
+from .bundle import check_image_encoder, open_bundle
 from .conditions import PhotoEncoders
 from .config import FinetuneTraining
 from .dit_stage import finish, random_condition
@@ -67,7 +67,9 @@ def starting_predictor(config: Config, pool: PeoplePool) -> Predictor:
         name = f"{name}_dit" if start == "dit" else name
         predictor = open_bundle(config, name)
         lora_space(config.loras).check_same(predictor.space, f"The artifact {name}")
-    if start != "dit":
+    if start == "dit":
+        check_image_encoder(config, predictor, f"The artifact {name}")
+    else:
         # the encoders may have been trained again since
         predictor.mixer.fit(pool.photos.face.flatten(0, 1), pool.photos.image.flatten(0, 1))
     return predictor
