@@ -1,15 +1,9 @@
-"""Writing safetensors tensor by tensor: no second copy of a file in memory, all of it or nothing.
-
-Files are written to a temporary neighbour and renamed, so a name never stands for half a file.
-"""
+"""Writing safetensors tensor by tensor: no second copy of a file in memory, whole or not at all."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -19,6 +13,7 @@ from torch import Tensor
 
 from .errors import BadWeightsFile
 from .tensor_file import DTYPES
+from .whole_file import refusals, whole_file
 
 Header = Mapping[str, str]
 ALIGNMENT = 8
@@ -75,30 +70,15 @@ def write_tensors(
     if path.suffix != ".safetensors":
         raise BadWeightsFile(f"{path.name} must end in .safetensors.")
     _refuse_existing(path, overwrite)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     fields = {str(name): str(value) for name, value in metadata.items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
-            fields |= {hash_field: _NO_HASH} if hash_field else {}
-            file.write(_header(outlines, fields))
-            digest = _write_weights(file, outlines, tensors)
-            if hash_field:  # as long as the zeros in its place, so nothing moves
-                file.seek(0)
-                file.write(_header(outlines, fields | {hash_field: f"0x{digest}"}))
-            file.flush()
-            os.fsync(file.fileno())
+    with refusals(path, BadWeightsFile), whole_file(path) as file:
+        fields |= {hash_field: _NO_HASH} if hash_field else {}
+        file.write(_header(outlines, fields))
+        digest = _write_weights(file, outlines, tensors)
+        if hash_field:  # as long as the zeros in its place, so nothing moves
+            file.seek(0)
+            file.write(_header(outlines, fields | {hash_field: f"0x{digest}"}))
         _refuse_existing(path, overwrite)
-        os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise BadWeightsFile(
-            f"{path.name} could not be written: {reason}.",
-            hint="Nothing was left behind. Check the free space and the rights of the folder.",
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):  # renamed away, or the folder is none
-            temporary.unlink()
 
 
 def _header(outlines: Mapping[str, TensorOutline], fields: Header) -> bytes:

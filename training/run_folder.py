@@ -25,6 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from difflora_core.whole_file import whole_file
+
 logger = logging.getLogger(__name__)
 
 Weights = dict[str, dict[str, Tensor]]
@@ -129,12 +131,8 @@ class RunFolder:
 
 def write_whole(path: Path, text: str) -> Path:
     """Write a text file whole or not at all; what was there before stays until then."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        file.write(text.encode())
     return path
 
 

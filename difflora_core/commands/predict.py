@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -123,26 +122,15 @@ def _write_crops(photos: Sequence[Pixels], encoder: FaceEncoder, path: Path) -> 
 
     from ..errors import BadImage
     from ..face import face_previews
+    from ..whole_file import refusals, whole_file
 
     rows = [np.concatenate(list(face_previews(p, f)), 1) for p in photos if (f := encoder.faces(p))]
     if not rows:
         return
     width = max(row.shape[1] for row in rows)
     padded = [np.pad(row, ((0, 0), (0, width - row.shape[1]), (0, 0))) for row in rows]
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.concatenate(padded)).save(temporary, "png")
-        temporary.replace(path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise BadImage(
-            f"{path.name} could not be written: {reason}.",
-            hint="Check the free space and the rights of the folder.",
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):  # renamed away, or the folder is none
-            temporary.unlink()
+    with refusals(path, BadImage), whole_file(path) as file:
+        Image.fromarray(np.concatenate(padded)).save(file, "png")
 
 
 def _features(args: argparse.Namespace, predictor: Predictor) -> Features:

@@ -15,6 +15,8 @@ from typing import Any
 
 from difflora_core.errors import DiffLoRAError
 
+from ..run_folder import write_whole
+
 FORMAT = "difflora-people-1"
 Box = tuple[float, float, float, float]
 """x0, y0, x1, y1 in pixels."""
@@ -69,12 +71,9 @@ class Index:
 
 def write_index(path: Path, folder: str, pictures: Iterable[Picture]) -> None:
     """Write an index whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"format": FORMAT, "folder": folder})]
     lines += [json.dumps(asdict(picture), separators=(",", ":")) for picture in pictures]
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, "\n".join(lines) + "\n")
 
 
 def read_index(path: Path) -> Index:
