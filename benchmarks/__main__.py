@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from . import factory, guidance, merge, predict
+from . import factory, guidance, merge, portraits, predict
 from .measuring import Case
 
 BENCHMARKS = {
+    "portraits": portraits.run,
     "predict": predict.run,
     "factory": factory.run,
     "merge": merge.run,
@@ -52,7 +53,7 @@ def markdown(results: list[Case]) -> str:
     for case in results:
         ratio = ", ".join(f"{peer} {value:.2f}" for peer, value in case["ratio"].items())
         added = "" if case["overhead"] is None else f", adds {case['overhead']:.1%} to a step"
-        facts = f"{case['seconds']:.3f} | {case['peak_mb']} | {ratio}{added}"
+        facts = f"{case['seconds']:.3g} | {case['peak_mb']} | {ratio}{added}"
         lines.append(f"| {case['name']} | {facts} |")
     return "\n".join(lines) + "\n"
 

@@ -33,12 +33,17 @@ SDXL = {
 
 
 def run() -> list[Case]:
-    return [in_own_process(mini), in_own_process(sdxl)]
+    return [in_own_process(mini), in_own_process(sdxl_alone), in_own_process(sdxl)]
 
 
 def mini() -> Case:
     """The default preset at the mini model's size, random weights, four steps."""
     return case("predict/mini/default", alternate({"ours": predictor_run("mini")}, ROUNDS))
+
+
+def sdxl_alone() -> Case:
+    """The default preset at SDXL's size: its memory, without that of a U-Net beside it."""
+    return case("predict/sdxl/default alone", alternate({"ours": predictor_run("sdxl")}, ROUNDS))
 
 
 def sdxl() -> Case:
