@@ -14,7 +14,7 @@ from ..errors import DiffLoRAError, NoFaceFound
 from ..face import Face
 from ..photos import Pixels
 from .crops import landmarks_of_boxes, mask_parts
-from .pairing import assign
+from .matching import whose_face
 
 WhenLost = Literal["hold", "skip", "error"]
 Finder = Callable[[Pixels], Sequence[Face]]
@@ -25,8 +25,6 @@ FIND_EVERY = 3
 """Guided steps between two looks for faces; in between they are where they were."""
 CLEAR_SIGMA = 1.5
 """Below it an estimate is clear enough that a face which is not found is not there."""
-PLACE_WEIGHT = 1.0
-"""What a shift by one face width costs, in units of cosine, when a face is matched again."""
 
 
 @dataclass(frozen=True)
@@ -96,24 +94,29 @@ class Tracker:
     def _look(self, pictures: Tensor, finder: Finder, sigma: float) -> None:
         for number, picture in enumerate(pictures):
             faces = [face for face in finder(to_pixels(picture)) if self._inside(face, number)]
-            found = self._match(picture, faces, number) if faces else {}
-            if found:
-                self.held[number] = {**self.held.get(number, {}), **found}
-            else:
-                self._lost(number, sigma)
+            before = self.held.pop(number, {})
+            found = self._match(picture, faces, before, number) if faces else {}
+            gone = {r: points for r, points in before.items() if r not in found}
+            if gone or not found:
+                gone = self._lost(number, gone, len(found), sigma)
+            if found or gone:
+                self.held[number] = found | gone
 
-    def _lost(self, number: int, sigma: float) -> None:
-        self.note = f"no face found in picture {number + 1}"
+    def _lost(
+        self, number: int, gone: dict[int, Tensor], found: int, sigma: float
+    ) -> dict[int, Tensor]:
+        """What to go on with in place of faces that are gone. Errors: NoFaceFound."""
+        what = "no face found" if not found else f"{len(gone)} of {len(gone) + found} faces lost"
+        self.note = "; ".join(n for n in (self.note, f"{what} in picture {number + 1}") if n)
         if self.when_lost == "error" and sigma <= CLEAR_SIGMA:
             raise NoFaceFound(
-                f"No face was found in picture {number + 1} while it was being painted "
+                f"{what.capitalize()} in picture {number + 1} while it was being painted "
                 f"(sigma {sigma:.2f}).",
                 hint="Ask for a face in the prompt, mask where it is, or choose hold or skip.",
             )
         if self.when_lost == "skip":
-            self.held.pop(number, None)
-        elif number not in self.held and (faces := self._mask_faces(number)):
-            self.held[number] = faces
+            return {}
+        return gone or ({} if found else self._mask_faces(number))
 
     def _inside(self, face: Face, number: int) -> bool:
         """Whether the middle of a face lies in the picture's mask."""
@@ -125,19 +128,20 @@ class Tracker:
         )
         return bool(mask[y, x] > 0)
 
-    def _match(self, picture: Tensor, faces: Sequence[Face], number: int) -> dict[int, Tensor]:
-        """Reference -> landmarks, by likeness at first and by place too once faces are held."""
-        count = self.references.shape[1]
-        largest = sorted(faces, key=lambda face: -face.area)[:count]
+    def _match(
+        self, picture: Tensor, faces: Sequence[Face], before: dict[int, Tensor], number: int
+    ) -> dict[int, Tensor]:
+        """Reference -> landmarks of its face."""
+        largest = sorted(faces, key=lambda face: -face.area)
         points = torch.stack([torch.from_numpy(face.landmarks) for face in largest])
-        same = picture.expand(len(points), *picture.shape)
         wanted = self.references[number if len(self.references) > 1 else 0]
-        costs = 1 - (self.embed(same, points.to(picture.device)) @ wanted.T).nan_to_num().cpu()
-        for reference, before in self.held.get(number, {}).items():
-            width = (before[1] - before[0]).norm().clamp(min=1.0)
-            moved = (points.mean(1) - before.mean(0)).norm(dim=-1) / width
-            costs[:, reference] += PLACE_WEIGHT * moved
-        return {reference: points[face] for face, reference in assign(costs)}
+
+        def likeness(chosen: list[int]) -> Tensor:
+            same = picture.expand(len(chosen), *picture.shape)
+            return self.embed(same, points[chosen].to(picture.device)) @ wanted.T
+
+        found = whose_face(points, before, len(wanted), likeness)
+        return {reference: points[face] for reference, face in found.items()}
 
     def _mask_of(self, number: int) -> Tensor | None:
         if self.mask is None:

@@ -7,6 +7,7 @@ import torch
 
 from difflora_core.errors import NoFaceFound
 from difflora_core.mask_aware.guidance import GuidanceSettings
+from difflora_core.mask_aware.matching import whose_face
 from tests.core.guidance_parts import (
     ALWAYS,
     FACE,
@@ -111,3 +112,62 @@ def test_faces_outside_the_mask_do_not_count() -> None:
     x0, guide = latents(), guide_of(finder=always(face_at(140, 140)), mask=square_mask())
     changed = guide.guide(x0, direction_like(x0), 3.0, 1.0) != x0
     assert not changed[:, :, 14:].any()
+
+
+@pytest.mark.parametrize("policy, faces", [("hold", 2), ("skip", 1)])
+def test_one_of_two_faces_is_lost(policy: str, faces: int) -> None:
+    left, right = face_at(10, 10), face_at(120, 120)
+    settings = GuidanceSettings(window=ALWAYS, when_lost=policy)  # type: ignore[arg-type]
+    guide = guide_of(settings, wanted=references(2), finder=Script([[left, right], [left]]))
+    x0 = latents()
+    for _ in range(3):
+        guide.guide(x0, direction_like(x0), 3.0, 1.0)
+        assert guide.log[-1].faces == 2 and not guide.log[-1].note
+    changed = (guide.guide(x0, direction_like(x0), 3.0, 1.0) != x0)[..., 14:, 14:].any()
+    assert guide.log[-1].faces == faces and bool(changed) == (policy == "hold")
+    assert guide.log[-1].note == "1 of 2 faces lost in picture 1"
+
+
+def test_one_of_two_faces_that_is_lost_can_stop_the_run() -> None:
+    settings = GuidanceSettings(window=ALWAYS, when_lost="error")
+    finder = Script([[face_at(10, 10), face_at(120, 120)], [face_at(10, 10)]])
+    guide, x0 = guide_of(settings, wanted=references(2), finder=finder), latents()
+    for _ in range(3):
+        guide.guide(x0, None, 1.0, 1.0)
+    with pytest.raises(NoFaceFound, match=r"1 of 2 faces lost in picture 1 .*sigma 1\.00"):
+        guide.guide(x0, None, 1.0, 1.0)
+
+
+def test_one_face_is_led_to_one_of_several_references_and_stays_with_it() -> None:
+    asked: list[int] = []
+
+    def likeness(faces: list[int]) -> torch.Tensor:
+        asked.append(len(faces))
+        return torch.rand(len(faces), 3, generator=torch.Generator().manual_seed(len(asked)))
+
+    held: dict[int, torch.Tensor] = {}
+    first = None
+    for step in range(6):  # it wanders, and looks a little more like somebody else each time
+        points = torch.from_numpy(face_at(60 + 6 * step, 70).landmarks)[None]
+        chosen = whose_face(points, held, 3, likeness)
+        first = chosen if first is None else first
+        assert chosen == first and len(chosen) == 1
+        held = {reference: points[face] for reference, face in chosen.items()}
+    assert asked == [1]
+    far = torch.from_numpy(face_at(0, 0).landmarks)[None]
+    assert whose_face(far, held, 3, likeness) == first
+
+
+def test_a_face_more_goes_to_a_reference_that_has_none() -> None:
+    left, right, third = (torch.from_numpy(face_at(x, 20).landmarks) for x in (0.0, 60.0, 120.0))
+    likeness = lambda faces: torch.zeros(len(faces), 3)  # noqa: E731
+    held = {2: left, 0: right}
+    found = whose_face(torch.stack([third, right + 3, left - 3]), held, 3, likeness)
+    assert found == {2: 2, 0: 1, 1: 0}
+
+
+def test_faces_swap_places_and_stay_who_they_are_where_they_were() -> None:
+    left, right = (torch.from_numpy(face_at(x, 20).landmarks) for x in (0.0, 120.0))
+    likeness = lambda faces: torch.tensor([[0.0, 1.0], [1.0, 0.0]])[faces]  # noqa: E731
+    assert whose_face(torch.stack([left, right]), {}, 2, likeness) == {1: 0, 0: 1}
+    assert whose_face(torch.stack([left, right]), {0: left, 1: right}, 2, likeness) == {0: 0, 1: 1}
