@@ -42,10 +42,6 @@ class Decoder(Protocol):
         `part` may be rough; it saves time not to work them out."""
         ...
 
-    def features(self, latents: Tensor) -> list[Tensor]:
-        """Feature maps of the stages, deep (small) to shallow (large): what LPL compares."""
-        ...
-
 
 class FastDecoder(nn.Module):
     """TAESD's decoder (Bohan, 2023): 1.2 M parameters at width 64, a hundredth of a KL decoder.
@@ -91,7 +87,7 @@ class FastDecoder(nn.Module):
             raise BadWeightsFile(
                 f"{name} is not a decoder of TAESD's shape.",
                 hint="Take taesd_decoder.safetensors (or taesdxl_, taesd3_, taef1_) as it is "
-                "published for models/vae_approx.",
+                "published for models/vae_approx, or choose VAE.",
             ) from error
         return model.requires_grad_(False).eval()
 
@@ -110,14 +106,6 @@ class FastDecoder(nn.Module):
         below = scale * latents.shape[-2] - top - x.shape[-2]
         right = scale * latents.shape[-1] - left - x.shape[-1]
         return F.pad(x, (left, right, top, below), mode="replicate")
-
-    def features(self, latents: Tensor) -> list[Tensor]:
-        maps, x = [], latents
-        for layer in list(self.layers)[:-1]:
-            if isinstance(layer, nn.Upsample):
-                maps.append(x)
-            x = layer(x)
-        return [*maps, x]
 
 
 class _SoftClamp(nn.Module):
@@ -202,27 +190,12 @@ class ModuleDecoder:
         self.upscale = upscale
         self._frozen = frozen_clone(module, method, without=ENCODERS)
         self._to_vae = to_vae
-        self._stages = _up_stages(module)
 
     def __call__(self, latents: Tensor, part: Part | None = None) -> Tensor:
         # norms and attention span the picture, so all of it is decoded
         decoded = self._frozen(self._to_vae(latents))
         # diffusers wraps the picture in an output object
         return getattr(decoded, "sample", decoded) / 2 + 0.5
-
-    def features(self, latents: Tensor) -> list[Tensor]:
-        maps: list[Tensor] = []
-
-        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-            maps.append(output)
-
-        hooks = [stage.register_forward_hook(keep) for stage in self._stages]
-        try:
-            self(latents)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return maps
 
     def to(self, device: torch.device) -> ModuleDecoder:
         """Move the private weights; the module itself stays where it is."""
@@ -293,24 +266,3 @@ def frozen_clone(
 def _copied(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     copy = tensor.detach().clone()
     return copy.to(dtype) if copy.is_floating_point() else copy
-
-
-def _up_stages(module: nn.Module) -> list[nn.Module]:
-    """The decoder's stages in the order in which they run, of diffusers' and ComfyUI's VAEs."""
-    decoder = getattr(module, "decoder", module)
-    blocks = getattr(decoder, "up_blocks", None)
-    if isinstance(blocks, nn.ModuleList):
-        return list(blocks)
-    stages = getattr(decoder, "up", None)
-    if not isinstance(stages, nn.ModuleList):
-        return []
-    # CompVis counts from the last stage; a stage is no module that runs, its last part is
-    return [_last_part(stages[i]) for i in reversed(range(len(stages)))]
-
-
-def _last_part(stage: nn.Module) -> nn.Module:
-    upsample = getattr(stage, "upsample", None)
-    if isinstance(upsample, nn.Module) and any(True for _ in upsample.parameters()):
-        return upsample
-    blocks = stage.get_submodule("block")
-    return blocks[-1] if isinstance(blocks, nn.ModuleList) else blocks

@@ -263,7 +263,7 @@ class Guide:
         cfg: float, sigma: float,
     ) -> Tensor:  # fmt: skip
         """FreeDoM's rule (Yu et al., 2023): as long as what classifier-free guidance does."""
-        if direction is not None and cfg != 1 and bool((direction != 0).any()):
+        if direction is not None and cfg not in (0, 1) and bool((direction != 0).any()):
             with torch.inference_mode(False):
                 pull = direction.detach().clone().float()
             return self.settings.strength * cfg * masked_rms(windows.cut(pull), inside)

@@ -48,7 +48,7 @@ class Weights:
 
     def __post_init__(self) -> None:
         shares = vars(self)
-        if min(shares.values()) < 0 or sum(shares.values()) > 1 + 1e-9:
+        if not (min(shares.values()) >= 0 and sum(shares.values()) <= 1 + 1e-9):  # NaN neither
             given = ", ".join(f"{name} {share}" for name, share in shares.items())
             raise BadConfig(
                 f"The weights {given} are impossible.",

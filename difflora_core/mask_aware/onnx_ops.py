@@ -140,16 +140,20 @@ def _gather(a: Attributes, x: Tensor, index: Tensor) -> Tensor:
 def _slice(
     a: Attributes,
     x: Tensor,
-    starts: Tensor,
-    ends: Tensor,
-    axes: Tensor,
+    starts: Tensor | None = None,
+    ends: Tensor | None = None,
+    axes: Tensor | None = None,
     steps: Tensor | None = None,
 ) -> Tensor:
-    for k, axis in enumerate(axes.tolist()):
-        if steps is not None and int(steps[k]) != 1:
-            raise Unsupported("a slice with a step")
+    # before opset 10 limits and axes were attributes; axes may be left out: all from the first on
+    first = a["starts"] if starts is None else starts.tolist()
+    last = a["ends"] if ends is None else ends.tolist()
+    chosen = _axes(a, axes) or range(len(first))
+    if steps is not None and any(step != 1 for step in steps.tolist()):
+        raise Unsupported("a slice with a step")
+    for axis, start, end in zip(chosen, first, last, strict=True):
         index: list[slice] = [slice(None)] * x.ndim
-        index[axis] = slice(int(starts[k]), int(ends[k]))
+        index[axis] = slice(int(start), int(end))
         x = x[tuple(index)]
     return x
 

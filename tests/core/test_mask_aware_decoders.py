@@ -65,7 +65,6 @@ def test_fast_decoder_is_diffusers_tiny(channels: int, names: str, tmp_path: Pat
         wanted = theirs.decode(latents).sample / 2 + 0.5
     assert (ours(latents) - wanted).abs().max() < 1e-5
     assert ours.upscale == 8 and isinstance(ours, Decoder)
-    assert [m.shape[2:] for m in ours.features(latents)] == [(5, 7), (10, 14), (20, 28), (40, 56)]
 
 
 @pytest.mark.parametrize(
@@ -111,9 +110,6 @@ def test_whole_vae_decodes_as_it_does_itself() -> None:
     with torch.no_grad():
         wanted = vae.decode(latents / 0.5).sample / 2 + 0.5
     assert torch.equal(decoder(latents), wanted) and isinstance(decoder, Decoder)
-    maps = decoder.features(latents)
-    assert [m.shape[2:] for m in maps] == [(12, 12), (12, 12)]
-    assert not any(module._forward_hooks for module in vae.modules())
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])

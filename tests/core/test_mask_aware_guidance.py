@@ -132,7 +132,9 @@ def test_length_does_not_depend_on_the_size_of_the_loss() -> None:
     assert torch.allclose(guide.guide(x0, direction_like(x0), 3.0, 1.0), plain, atol=1e-5)
 
 
-@pytest.mark.parametrize("direction, cfg", [(None, 7.0), ("some", 1.0), ("none", 7.0)])
+@pytest.mark.parametrize(
+    "direction, cfg", [(None, 7.0), ("some", 1.0), ("some", 0.0), ("none", 7.0)]
+)
 def test_without_words_the_estimate_sets_the_length(direction: str | None, cfg: float) -> None:
     x0 = latents()
     pull = {None: None, "some": direction_like(x0), "none": torch.zeros_like(x0)}[direction]

@@ -54,14 +54,16 @@ def test_variants_are_names_or_changes() -> None:
     own = ObjectiveConfig(last=120)
     assert objective_of("mask_aware", own) == own
     assert objective_of("baseline", own) == replace(own, face=0.0, body=0.0)
-    paper = replace(own, body=0.2, face=0.5, last=100, share=0.0, min_snr=0.0)
+    plain = replace(own, share=0.0, min_snr=0.0, per_person=False, embedding_weight=0.0)
+    paper = replace(plain, body=0.2, face=0.5, last=100)
     assert objective_of("paper", own) == paper
     assert objective_of("second", own) == replace(paper, last=400)
     assert objective_of("last=200 face=0.7", own) == replace(own, last=200, face=0.7)
 
 
 @pytest.mark.parametrize("variant", ["maskaware", "last=many", "lst=3", "share=1.0", "last=0",
-                                     "face=0.9", "body=-1"])  # fmt: skip
+                                     "face=0.9", "body=-1", "body=nan", "min_snr=-5",
+                                     "min_snr=inf", "", " "])  # fmt: skip
 def test_impossible_variants_are_explained(variant: str) -> None:
     with pytest.raises(BadConfig):
         objective_of(variant, ObjectiveConfig())

@@ -24,6 +24,7 @@ from training.controlnet import stage
 from training.controlnet.base_model import open_base
 from training.controlnet.control import new_control, predict_noise
 from training.controlnet.export import open_control
+from training.loop import Interrupted
 
 
 @pytest.fixture
@@ -81,6 +82,16 @@ def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> 
     newest.rmdir()
     resumed = trained(config)
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_a_training_whose_time_is_up_is_no_result(tmp_path: Path) -> None:
+    config = world(tmp_path, "controlnet.variants=[mask_aware]")
+    short = replace(config, run=replace(config.run, max_minutes=1e-9))
+    with pytest.raises(Interrupted, match="mask_aware-seed0 stopped at step 1: its time was up"):
+        trained(short)
+    with pytest.raises(MissingArtifact):
+        open_control(config, "mask_aware-seed0")
+    assert trained(config)
 
 
 def test_empty_lists_are_refused(config: Config) -> None:

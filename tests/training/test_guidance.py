@@ -35,9 +35,13 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
 
 
 def test_stage_writes_figures_table_and_sheet(config: Config, tmp_path: Path) -> None:
-    assert main(["evaluate-guidance", *SMALL, "--config", str(tmp_path / "tiny.toml")]) == 0
+    words = ["evaluate-guidance", *SMALL, "--config", str(tmp_path / "tiny.toml"), "--json"]
+    assert main([*words, str(tmp_path)]) == 2
+    assert main([*words, str(tmp_path / "out" / "figures.json")]) == 0
     folder = Path(config.run.root) / "evaluate-guidance"
-    outcome = json.loads((folder / "results.json").read_text())
+    text = (folder / "results.json").read_text()
+    assert (tmp_path / "out" / "figures.json").read_text() == text
+    outcome = json.loads(text)
     assert list(outcome["rows"]) == NAMES
     for name, row in outcome["rows"].items():
         assert set(COLUMNS) <= set(row), name

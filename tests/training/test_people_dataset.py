@@ -223,6 +223,11 @@ def test_a_split_without_people_is_refused(tmp_path: Path) -> None:
         built(tmp_path, ["people.count=0"])
 
 
+def test_a_threshold_that_nothing_passes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadConfig, match=r"No train picture passes: people cover 0\.99 of none"):
+        built(tmp_path, ["people.count=0", "people.threshold=0.99"])
+
+
 @pytest.mark.parametrize("text", ["", "{}\n", '{"format": "other", "folder": ""}\n', "no json\n"])
 def test_broken_indices_are_explained(tmp_path: Path, text: str) -> None:
     (tmp_path / "train.jsonl").write_text(text)

@@ -94,7 +94,8 @@ class ControlnetConfig:
     as "last=200" or "body=0.1 face=0.7", or the authors' settings with uniform timesteps and no
     SNR weight: paper (0.2, 0.5, T = 100), second (T = 400), logged, script."""
     seeds: tuple[int, ...] = (0,)
-    """Every variant is trained once per seed; variants of one seed see the same samples."""
+    """Every variant is trained once per seed; variants of one seed start alike and see the same
+    pictures."""
     resolution: int = 128
     """Side of the pictures in pixels."""
     batch: int = 64

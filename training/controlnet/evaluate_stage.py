@@ -28,9 +28,10 @@ from ..evaluation.judges import Judges
 from ..evaluation.measures import pooled
 from ..evaluation.metrics import frechet_distance
 from ..evaluation.sheet import save_sheet
+from ..evaluation.stage import check_place
 from ..evaluation.summary import summarise_statistic
 from ..guidance.factors import FactorReader
-from ..run_folder import RunFolder, device_name
+from ..run_folder import RunFolder, device_name, write_whole
 from .base_model import BaseModel, open_base
 from .checking import paint_settings
 from .control import Control
@@ -83,6 +84,8 @@ class Painted:
 def run(config: Config, folder: RunFolder) -> None:
     """Write results.json, table.md and sheet.png. A missing training is named and left out."""
     check(config)
+    if config.eval.json:
+        check_place(Path(config.eval.json))
     bench = Bench.open(config)
     lines = {"true": bench.trial.drawn.images.cpu()}
     true = ceiling(bench.base, bench.trial).cpu()
@@ -181,9 +184,7 @@ def write(config: Config, folder: RunFolder, rows: Rows, skipped: Mapping[str, s
     folder.write_text("results.json", text)
     folder.write_text("table.md", markdown(rows, compared))
     if config.eval.json:
-        path = Path(config.eval.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_whole(Path(config.eval.json), text)
 
 
 def protocol(config: Config, skipped: Mapping[str, str]) -> dict[str, Any]:

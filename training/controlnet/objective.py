@@ -142,7 +142,7 @@ def objective_of(variant: str, own: ObjectiveConfig) -> ObjectiveConfig:
     if variant == "mask_aware":
         return checked(own)
     changes = {}
-    for word in variant.split():
+    for word in variant.split() or [""]:
         key, _, text = word.partition("=")
         try:
             changes[key] = CHANGEABLE[key](text)
@@ -158,6 +158,10 @@ def objective_of(variant: str, own: ObjectiveConfig) -> ObjectiveConfig:
 def checked(objective: ObjectiveConfig) -> ObjectiveConfig:
     """The same objective. Errors: BadConfig for impossible values."""
     Weights(face=objective.face, body=objective.body)
+    if not 0 <= objective.min_snr < float("inf"):
+        raise BadConfig(
+            f"controlnet.objective.min_snr is {objective.min_snr}; expected 0 for none, or more."
+        )
     if not 0 <= objective.share < 1 or not 0 < objective.last <= STEPS:
         raise BadConfig(
             f"controlnet.objective.share is {objective.share} and last {objective.last}; "
@@ -167,9 +171,18 @@ def checked(objective: ObjectiveConfig) -> ObjectiveConfig:
 
 
 def _authors(own: ObjectiveConfig, preset: Preset) -> ObjectiveConfig:
-    """As the authors trained: their weights and T, uniform timesteps, no weight by noise."""
-    face, body = preset.weights.face, preset.weights.body
-    return replace(own, face=face, body=body, last=preset.last_step, share=0.0, min_snr=0.0)
+    """As the authors trained: their weights and T, uniform timesteps, no weight by noise, one mask
+    of all people, and of the face network its stages only."""
+    return replace(
+        own,
+        face=preset.weights.face,
+        body=preset.weights.body,
+        last=preset.last_step,
+        share=0.0,
+        min_snr=0.0,
+        per_person=False,
+        embedding_weight=0.0,
+    )
 
 
 def _spread(term: Term, index: Tensor, count: int) -> Term:

@@ -52,6 +52,12 @@ def run(config: Config, folder: RunFolder) -> None:
     report: dict[str, Any] = {"threshold": selection.threshold}
     for name, found in surveys.items():
         kept = [p for p in found.pictures if p.coverage >= selection.threshold]
+        if not kept:
+            raise BadConfig(
+                f"No {name} picture passes: people cover {selection.threshold:.2f} of none of the "
+                f"{len(found.pictures)}.",
+                hint="Lower people.threshold, or raise people.count.",
+            )
         check_masks(kept)
         files: PeopleFiles = getattr(settings, name)
         check_pictures(kept, Path(files.pictures))

@@ -17,6 +17,7 @@ from ..base.noise import NoiseSchedule
 from ..base.picture_decoder import PictureDecoder
 from ..budget import train
 from ..config import Config
+from ..loop import Interrupted
 from ..run_folder import RunFolder
 from .base_model import BaseModel, open_base
 from .batches import People
@@ -77,7 +78,10 @@ def run_name(variant: str, seed: int) -> str:
 def train_control(
     workshop: Workshop, objective: ObjectiveConfig, seed: int, folder: RunFolder
 ) -> tuple[Control, int]:
-    """One ControlNet with its averaged weights, frozen, and the steps it took."""
+    """One ControlNet with its averaged weights, frozen, and the steps it took.
+
+    Errors: Interrupted where `run.max_minutes` came first.
+    """
     config, base, settings = workshop.config, workshop.base, workshop.config.controlnet
     loss = replace(workshop.loss, objective=objective)
     torch.manual_seed(seed)
@@ -97,6 +101,9 @@ def train_control(
     run = replace(config.run, seed=config.run.seed + seed)
     modules = {"control": control}
     trainer = train(modules, settings.optim, run, folder, step, batch=settings.batch)
+    if trainer.step < settings.optim.steps:
+        # variants are compared, so what has had fewer steps than the others is no result
+        raise Interrupted(f"{folder.name} stopped at step {trainer.step}: its time was up")
     control.load_state_dict(trainer.averaged("control"))
     workshop.checker.save_samples(control.eval(), folder, trainer.step)
     return control.requires_grad_(False), trainer.step

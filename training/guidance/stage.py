@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,10 +27,10 @@ from training.evaluation.metrics import reference_similarity
 from training.evaluation.protocol import draw_trial
 from training.evaluation.rows import Bench
 from training.evaluation.sheet import save_sheet
-from training.evaluation.stage import sheet_prompt
+from training.evaluation.stage import check_place, sheet_prompt
 from training.evaluation.summary import Figure, summarise
 from training.evaluation.table import Rows, markdown, results
-from training.run_folder import RunFolder, device_name
+from training.run_folder import RunFolder, device_name, write_whole
 
 from .factors import FactorReader
 from .painting import Painted, Studio, paint, rows
@@ -65,6 +66,8 @@ class Gauge:
 def run(config: Config, folder: RunFolder) -> None:
     """Paint and measure all rows; figures, table and sheet are written after every row."""
     settings = config.guidance
+    if config.eval.json:
+        check_place(Path(config.eval.json))
     config = replace(
         config,
         eval=replace(
@@ -178,7 +181,10 @@ def write(config: Config, folder: RunFolder, gauge: Gauge, studio: Studio, so_fa
     trial = studio.bench.trial
     outcome = results(protocol(config, gauge, trial.prompts), so_far.rows)
     outcome["curves"] = so_far.curves
-    folder.write_text("results.json", json.dumps(outcome, indent=2) + "\n")
+    text = json.dumps(outcome, indent=2) + "\n"
+    folder.write_text("results.json", text)
+    if config.eval.json:
+        write_whole(Path(config.eval.json), text)
     folder.write_text("table.md", markdown(so_far.rows, COLUMNS))
     if config.guidance.sheet_people:
         photos = trial.photos[: config.guidance.sheet_people].cpu()
