@@ -3,8 +3,10 @@
 Weights are random, the sizes are the real ones: a classifier-free-guidance step of the U-Net, and
 one call of the guide on one face that fills a quarter of the picture's width, with ArcFace's R50.
 `crop-taesd` decodes a window with TAESD, `crop-vae` with Stable Diffusion's own VAE, and `full`
-differentiates through the U-Net and the whole VAE, as DPS does. Memory is that of the tensors
-that autograd keeps for the backward pass.
+differentiates through the U-Net and the whole VAE, as DPS does. `first-look-taesd` is what finding
+faces with a detector adds to the first guided step, `look-taesd` to every third one after it, the
+detector's own milliseconds left out. Memory is that of the tensors that autograd keeps for the
+backward pass, and of the face network's weights.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from difflora_core.mask_aware.decoders import Decoder, FastDecoder, ModuleDecode
 from difflora_core.mask_aware.full_guidance import guide_through
 from difflora_core.mask_aware.guidance import GuidanceSettings, Guide
 from difflora_core.mask_aware.networks import Chain, FaceNetwork
+from difflora_core.mask_aware.tiles import decode_around, decode_in_tiles
 from difflora_core.recogniser import IResNet, IResNetConfig
 
 from .measuring import Case, alternate, case, in_own_process
@@ -86,7 +89,8 @@ class Model:
 
 def run() -> list[Case]:
     cases = [in_own_process(partial(measured, "sd15", mode)) for mode in MODES]
-    return [*cases, in_own_process(partial(measured, "sdxl", "crop-taesd"))]
+    looks = [in_own_process(partial(look, name, mode)) for name in ROUNDS for mode in LOOKS]
+    return [*cases, in_own_process(partial(measured, "sdxl", "crop-taesd")), *looks]
 
 
 @torch.no_grad()
@@ -102,15 +106,30 @@ def measured(name: str, mode: str) -> Case:
         added = partial(guide.guide, x0, direction, CFG, SIGMA)
     step = partial(model.denoise, noisy)
     sides = {"ours": finished(added, device), "cfg_step": finished(step, device)}
+    found = compared(name, mode, sides)
+    weights = guide.network.parameters()  # a decoder of VAE size is the model's own
+    weights_gb = sum(p.numel() * p.element_size() for p in weights) / GB
+    return found | {"kept_gb": kept_bytes(sides["ours"]) / GB, "weights_gb": weights_gb}
+
+
+@torch.no_grad()
+def look(name: str, mode: str) -> Case:
+    """One look for faces beside one plain step."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, decoder = Model.random(name, device), fast(device)
+    noisy = torch.randn(1, 4, model.size, model.size, device=device)
+    step = finished(partial(model.denoise, noisy), device)
+    looking = finished(partial(LOOKS[mode], decoder, noisy), device)
+    return compared(name, mode, {"ours": looking, "cfg_step": step})
+
+
+def compared(name: str, mode: str, sides: dict[str, Callable[[], object]]) -> Case:
+    """Time and operations of both sides, in turn."""
     plain, extra = operations(sides["cfg_step"]), operations(sides["ours"])  # warms up, too
     seconds = alternate(sides, ROUNDS[name], warm_up=False)
-    return case(
-        f"guidance/{name}/{mode}",
-        seconds,
-        overhead=seconds["ours"] / seconds["cfg_step"],
-        operations_overhead=extra / plain,
-        kept_gb=kept_bytes(sides["ours"]) / GB,
-    )
+    share = seconds["ours"] / seconds["cfg_step"]
+    facts = {"overhead": share, "operations_overhead": extra / plain}
+    return case(f"guidance/{name}/{mode}", seconds, **facts)
 
 
 def finished(run: Callable[[], object], device: str) -> Callable[[], object]:
@@ -157,6 +176,18 @@ MODES: dict[str, Callable[[str], Decoder]] = {
     "crop-taesd": fast,
     "crop-vae": whole,
     "full": whole,
+}
+
+
+def look_near(decoder: Decoder, latents: Tensor) -> Tensor:
+    """Around the crop of a face a quarter as wide as the picture."""
+    pixels = decoder.upscale * latents.shape[-1]
+    return decode_around(decoder, latents, pixels * torch.tensor([3 / 8, 1 / 4, 5 / 8, 1 / 2]))
+
+
+LOOKS: dict[str, Callable[[Decoder, Tensor], Tensor]] = {
+    "first-look-taesd": decode_in_tiles,
+    "look-taesd": look_near,
 }
 
 

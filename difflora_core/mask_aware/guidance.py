@@ -23,7 +23,7 @@ from .decoders import Decoder, frozen_clone
 from .losses import face_distance
 from .networks import FaceActivations
 from .steps import Plan, jittered, masked_rms, scaled_step, smoothed
-from .tiles import decode_in_tiles
+from .tiles import decode_around, decode_in_tiles
 from .tracking import FaceRows, Finder, Tracker, WhenLost
 from .window import WINDOWS, SigmaWindow
 
@@ -240,8 +240,11 @@ class Guide:
                 self._finder, self._embed, self._references, mask, self.settings.when_lost
             )
 
-        def decode() -> Tensor:
-            return decode_in_tiles(self.decoder, estimate)
+        def decode(number: int, near: Tensor | None) -> Tensor:
+            one = estimate[number : number + 1]
+            if near is None:
+                return decode_in_tiles(self.decoder, one)[0]
+            return decode_around(self.decoder, one, near)[0]
 
         return self._tracker.locate(len(estimate), decode, len(self.log), sigma)
 

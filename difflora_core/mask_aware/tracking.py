@@ -13,13 +13,15 @@ from torch import Tensor
 from ..errors import DiffLoRAError, NoFaceFound
 from ..face import Face
 from ..photos import Pixels
-from .crops import landmarks_of_boxes, mask_parts
+from .crops import crop_boxes, landmarks_of_boxes, mask_parts
 from .matching import whose_face
 
 WhenLost = Literal["hold", "skip", "error"]
 Finder = Callable[[Pixels], Sequence[Face]]
 Embed = Callable[[Tensor, Tensor], Tensor]
 """Pictures [N, 3, H, W] and landmarks [N, 5, 2] to unit embeddings [N, D]."""
+Decode = Callable[[int, Tensor | None], Tensor]
+"""Number of a picture to the picture [3, H, W]; only what is near a box [4] in pixels, if given."""
 
 FIND_EVERY = 3
 """Guided steps between two looks for faces; in between they are where they were."""
@@ -62,8 +64,8 @@ class Tracker:
     note: str = ""
     """What the last look had to say."""
 
-    def locate(self, count: int, decode: Callable[[], Tensor], step: int, sigma: float) -> FaceRows:
-        """Faces of `count` pictures at a guided step; `decode` gives them, [B, 3, H, W].
+    def locate(self, count: int, decode: Decode, step: int, sigma: float) -> FaceRows:
+        """Faces of `count` pictures at a guided step.
 
         Errors: NoFaceFound where `when_lost` asks for it.
         """
@@ -71,7 +73,8 @@ class Tracker:
         if self.finder is None:
             self._place_by_mask(count)
         elif step % FIND_EVERY == 0 or len(self.held) < count:
-            self._look(decode(), self.finder, sigma)
+            for number in range(count):
+                self._look(number, decode, self.finder, sigma)
         return self._rows()
 
     def _place_by_mask(self, count: int) -> None:
@@ -91,16 +94,23 @@ class Tracker:
         boxes = mask_parts(mask, self.references.shape[1])
         return dict(enumerate(landmarks_of_boxes(boxes).cpu()))
 
-    def _look(self, pictures: Tensor, finder: Finder, sigma: float) -> None:
-        for number, picture in enumerate(pictures):
-            faces = [face for face in finder(to_pixels(picture)) if self._inside(face, number)]
-            before = self.held.pop(number, {})
-            found = self._match(picture, faces, before, number) if faces else {}
-            gone = {r: points for r, points in before.items() if r not in found}
-            if gone or not found:
-                gone = self._lost(number, gone, len(found), sigma)
-            if found or gone:
-                self.held[number] = found | gone
+    def _look(self, number: int, decode: Decode, finder: Finder, sigma: float) -> None:
+        def faces_of(picture: Tensor) -> list[Face]:
+            return [face for face in finder(to_pixels(picture)) if self._inside(face, number)]
+
+        before = self.held.pop(number, {})
+        near = _bounds(before) if len(before) == self.references.shape[1] else None
+        picture = decode(number, near)
+        faces = faces_of(picture)
+        if near is not None and len(faces) < len(before):  # they may have gone further
+            picture = decode(number, None)
+            faces = faces_of(picture)
+        found = self._match(picture, faces, before, number) if faces else {}
+        gone = {r: points for r, points in before.items() if r not in found}
+        if gone or not found:
+            gone = self._lost(number, gone, len(found), sigma)
+        if found or gone:
+            self.held[number] = found | gone
 
     def _lost(
         self, number: int, gone: dict[int, Tensor], found: int, sigma: float
@@ -157,6 +167,12 @@ class Tracker:
         points = torch.stack([row[2] for row in rows]) if rows else torch.zeros(0, 5, 2)
         index = torch.tensor([pictures, references], dtype=torch.int64).view(2, -1)
         return FaceRows(index[0], index[1], points.float().to(device))
+
+
+def _bounds(faces: dict[int, Tensor]) -> Tensor:
+    """The box [4] in pixels around the crops of faces."""
+    boxes = crop_boxes(torch.stack(list(faces.values())).float())
+    return torch.cat([boxes[:, :2].amin(0), boxes[:, 2:].amax(0)])
 
 
 def to_pixels(picture: Tensor) -> Pixels:

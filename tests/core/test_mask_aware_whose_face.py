@@ -8,6 +8,7 @@ import torch
 from difflora_core.errors import NoFaceFound
 from difflora_core.mask_aware.guidance import GuidanceSettings
 from difflora_core.mask_aware.matching import whose_face
+from difflora_core.mask_aware.tracking import Tracker
 from tests.core.guidance_parts import (
     ALWAYS,
     FACE,
@@ -91,7 +92,8 @@ def test_a_face_that_is_lost(policy: str, guided_after: bool) -> None:
         assert not torch.equal(guide.guide(x0, direction_like(x0), 3.0, 1.0), x0)
     assert finder.calls == 1
     after = guide.guide(x0, direction_like(x0), 3.0, 1.0)
-    assert finder.calls == 2 and torch.equal(after, x0) != guided_after
+    assert finder.calls == 3  # near where it was, then everywhere
+    assert torch.equal(after, x0) != guided_after
     assert "no face found in picture 1" in guide.log[-1].note
 
 
@@ -171,3 +173,23 @@ def test_faces_swap_places_and_stay_who_they_are_where_they_were() -> None:
     likeness = lambda faces: torch.tensor([[0.0, 1.0], [1.0, 0.0]])[faces]  # noqa: E731
     assert whose_face(torch.stack([left, right]), {}, 2, likeness) == {1: 0, 0: 1}
     assert whose_face(torch.stack([left, right]), {0: left, 1: right}, 2, likeness) == {0: 0, 1: 1}
+
+
+def test_later_looks_decode_what_is_near_and_all_of_it_where_a_face_is_gone() -> None:
+    seen: list[torch.Tensor | None] = []
+
+    def decode(number: int, near: torch.Tensor | None) -> torch.Tensor:
+        seen.append(near)
+        return torch.zeros(3, 192, 192)
+
+    here, there = face_at(20, 20, 40), face_at(120, 120, 40)
+    tracker = Tracker(
+        Script([[here], [here], [], [there]]), lambda p, k: references(len(k)), references(1)[None],
+        None, "hold",
+    )  # fmt: skip
+    for step in (0, 3, 6):
+        rows = tracker.locate(1, decode, step, 1.0)
+    assert [near is None for near in seen] == [True, False, False, True]
+    assert seen[1] is not None and torch.allclose(seen[1], torch.tensor([20.0, 20, 60, 60]), atol=1)
+    assert torch.allclose(rows.landmarks[0], torch.from_numpy(there.landmarks))
+    assert not tracker.note
