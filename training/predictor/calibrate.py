@@ -38,7 +38,7 @@ def calibrate(config: Config, predictor: Predictor) -> dict[str, float]:
     good = [s for s, (_, accuracy) in scores.items() if accuracy >= floor]
     best = max(good or list(scores)[:1], key=lambda s: scores[s][0])
     for strength, (similarity, accuracy) in scores.items():
-        logger.info("strength %.1f: similarity %.3f, prompts %.3f", strength, similarity, accuracy)
+        logger.info("strength %g: similarity %.3f, prompts %.3f", strength, similarity, accuracy)
     sampling = dataclasses.replace(predictor.config.sampling, strength=best)
     predictor.config = dataclasses.replace(predictor.config, sampling=sampling)
     similarity, accuracy = scores[best]
