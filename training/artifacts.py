@@ -163,8 +163,12 @@ def sha256(path: Path) -> str:
 
 def command_line() -> str:
     """The running command, with absolute paths cut to their last part."""
-    words = [Path(w).name if Path(w).is_absolute() else w for w in sys.argv[1:]]
-    return " ".join(["python -m training", *words])
+    return " ".join(["python -m training", *map(_without_folders, sys.argv[1:])])
+
+
+def _without_folders(word: str) -> str:
+    key, equals, value = word.rpartition("=")
+    return f"{key}{equals}{Path(value).name}" if Path(value).is_absolute() else word
 
 
 def _file_name(name: str) -> str:

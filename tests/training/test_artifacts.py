@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from training import artifacts
 from training.artifacts import (
     artifact,
     artifacts_folder,
+    command_line,
     read_artifact,
     read_manifest,
     record_artifact,
@@ -94,3 +96,16 @@ def test_ship_refuses_more_than_the_limit(
     with pytest.raises(DiffLoRAError, match=r"limit.*unet.safetensors"):
         ship(config, RunFolder.create(config.run.root, "ship"), shipped)
     assert not list(shipped.iterdir())
+
+
+def test_commands_are_recorded_without_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [
+        "train.py",
+        "ship",
+        "--config",
+        "/home/me/mini.toml",
+        "run.root=/home/me/runs",
+        "a=[1]",
+    ]
+    monkeypatch.setattr(sys, "argv", words)
+    assert command_line() == "python -m training ship --config mini.toml run.root=runs a=[1]"

@@ -101,7 +101,7 @@ class CalibrationConfig:
     """Identity seed of the first one."""
     prompts: int = 8
     """Pictures per person and setting; accuracy is no surer than a few dozen pictures allow."""
-    strengths: tuple[float, ...] = (0.8, 1.0, 1.25, 1.5, 1.75, 2.0)
+    strengths: tuple[float, ...] = (0.8, 0.9, 1.0, 1.25, 1.5, 1.75, 2.0)
     """Strengths to try."""
     lost_accuracy: float = 0.02
     """How much prompt accuracy a strength may cost against the base model."""
