@@ -116,11 +116,13 @@ class Tracker:
         self, number: int, gone: dict[int, Tensor], found: int, sigma: float
     ) -> dict[int, Tensor]:
         """What to go on with in place of faces that are gone. Errors: NoFaceFound."""
-        what = "no face found" if not found else f"{len(gone)} of {len(gone) + found} faces lost"
+        what = (
+            f"{len(gone)} of {len(gone) + found} faces were lost" if found else "no face was found"
+        )
         self.note = "; ".join(n for n in (self.note, f"{what} in picture {number + 1}") if n)
         if self.when_lost == "error" and sigma <= CLEAR_SIGMA:
             raise NoFaceFound(
-                f"{what.capitalize()} in picture {number + 1} while it was being painted "
+                f"{what[0].upper()}{what[1:]} in picture {number + 1} while it was being painted "
                 f"(sigma {sigma:.2f}).",
                 hint="Ask for a face in the prompt, mask where it is, or choose hold or skip.",
             )

@@ -26,7 +26,7 @@ def run_of(losses: list[float], faces: int = 1, level: int = 0) -> GuidedRun:
 
 
 def nobody() -> GuidedRun:
-    lost = GuideStep(3.0, math.nan, math.nan, 0, "no face found in picture 1")
+    lost = GuideStep(3.0, math.nan, math.nan, 0, "no face was found in picture 1")
     return GuidedRun((14.6, 3.0, 0.0), "fast", "Only 1 of 2 steps", [lost])
 
 
@@ -60,7 +60,7 @@ def test_report_states_what_happened() -> None:
 def test_report_without_faces_and_without_runs() -> None:
     text = describe_runs([nobody()])
     assert text.startswith("Only 1 of 2 steps") and "No face was guided." in text
-    assert text.endswith("0  no face found in picture 1") and "nan" not in text
+    assert text.endswith("0  no face was found in picture 1") and "nan" not in text
     assert "No sampler has run" in describe_runs([])
     assert "None of 2 steps was guided." in describe_runs([GuidedRun((14.6, 3.0, 0.0), "VAE")])
 

@@ -94,7 +94,7 @@ def test_a_face_that_is_lost(policy: str, guided_after: bool) -> None:
     after = guide.guide(x0, direction_like(x0), 3.0, 1.0)
     assert finder.calls == 3  # near where it was, then everywhere
     assert torch.equal(after, x0) != guided_after
-    assert "no face found in picture 1" in guide.log[-1].note
+    assert "no face was found in picture 1" in guide.log[-1].note
 
 
 def test_a_missing_face_can_stop_the_run_once_it_should_be_there() -> None:
@@ -127,7 +127,7 @@ def test_one_of_two_faces_is_lost(policy: str, faces: int) -> None:
         assert guide.log[-1].faces == 2 and not guide.log[-1].note
     changed = (guide.guide(x0, direction_like(x0), 3.0, 1.0) != x0)[..., 14:, 14:].any()
     assert guide.log[-1].faces == faces and bool(changed) == (policy == "hold")
-    assert guide.log[-1].note == "1 of 2 faces lost in picture 1"
+    assert guide.log[-1].note == "1 of 2 faces were lost in picture 1"
 
 
 def test_one_of_two_faces_that_is_lost_can_stop_the_run() -> None:
@@ -136,7 +136,7 @@ def test_one_of_two_faces_that_is_lost_can_stop_the_run() -> None:
     guide, x0 = guide_of(settings, wanted=references(2), finder=finder), latents()
     for _ in range(3):
         guide.guide(x0, None, 1.0, 1.0)
-    with pytest.raises(NoFaceFound, match=r"1 of 2 faces lost in picture 1 .*sigma 1\.00"):
+    with pytest.raises(NoFaceFound, match=r"1 of 2 faces were lost in picture 1 .*sigma 1\.00"):
         guide.guide(x0, None, 1.0, 1.0)
 
 

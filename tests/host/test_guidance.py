@@ -103,7 +103,7 @@ def test_nobody_in_the_picture_changes_nothing(host: Host) -> None:
     base = host.run(unguided())
     values = host.run(guided(guidance([])))
     assert torch.equal(latents(values), latents(base))
-    assert faces(values) == [0] * 4 and "no face found in picture 1" in notes(values)
+    assert faces(values) == [0] * 4 and "no face was found in picture 1" in notes(values)
 
 
 def test_losing_a_face_can_be_an_error_and_leaves_no_trace(host: Host) -> None:
