@@ -15,9 +15,10 @@ from training.__main__ import main, open_run
 from training.artifacts import artifacts_folder
 from training.config import Config, load_config
 from training.evaluation import audition, stage
-from training.evaluation.config import ROWS
+from training.evaluation.config import ROWS, EvalConfig
+from training.evaluation.figures_file import check_place
 from training.evaluation.rows import ROWS as METHODS
-from training.evaluation.stage import check_place, check_rows, run
+from training.evaluation.stage import check_rows, run
 
 SMALL = [
     "run.device=cpu", "eval.people=2", "eval.prompts=2", "eval.references=2", "eval.paint_steps=2",
@@ -55,7 +56,7 @@ def test_a_place_that_takes_no_figures_is_refused_before_any_work(
 
 def test_looking_at_the_place_keeps_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "figures.json").write_text("of yesterday")
-    check_place(tmp_path / "figures.json")
+    check_place(Config(eval=EvalConfig(json=str(tmp_path / "figures.json"))))
     assert [p.name for p in tmp_path.iterdir()] == ["figures.json"]
     assert (tmp_path / "figures.json").read_text() == "of yesterday"
 

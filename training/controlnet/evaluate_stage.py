@@ -8,12 +8,10 @@ repaint.py says what its faces are compared with instead. Grids are lists of var
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,14 +22,14 @@ from difflora_core.errors import BadConfig
 
 from ..artifacts import MissingArtifact
 from ..config import Config
+from ..evaluation.figures_file import check_place, write_figures
 from ..evaluation.judges import Judges
 from ..evaluation.measures import pooled
 from ..evaluation.metrics import frechet_distance
 from ..evaluation.sheet import save_sheet
-from ..evaluation.stage import check_place
 from ..evaluation.summary import summarise_statistic
 from ..guidance.factors import FactorReader
-from ..run_folder import RunFolder, device_name, write_whole
+from ..run_folder import RunFolder, device_name
 from .base_model import BaseModel, open_base
 from .checking import paint_settings
 from .control import Control
@@ -84,8 +82,7 @@ class Painted:
 def run(config: Config, folder: RunFolder) -> None:
     """Write results.json, table.md and sheet.png. A missing training is named and left out."""
     check(config)
-    if config.eval.json:
-        check_place(Path(config.eval.json))
+    check_place(config)
     bench = Bench.open(config)
     lines = {"true": bench.trial.drawn.images.cpu()}
     true = ceiling(bench.base, bench.trial).cpu()
@@ -180,11 +177,8 @@ def write(config: Config, folder: RunFolder, rows: Rows, skipped: Mapping[str, s
     outcome: dict[str, Any] = {
         "protocol": protocol(config, skipped), "rows": rows, "gains_over_baseline": compared
     }  # fmt: skip
-    text = json.dumps(outcome, indent=2) + "\n"
-    folder.write_text("results.json", text)
+    write_figures(config, folder, outcome)
     folder.write_text("table.md", markdown(rows, compared))
-    if config.eval.json:
-        write_whole(Path(config.eval.json), text)
 
 
 def protocol(config: Config, skipped: Mapping[str, str]) -> dict[str, Any]:

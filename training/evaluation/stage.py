@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from dataclasses import dataclass
@@ -18,9 +17,10 @@ from training.artifacts import MissingArtifact
 from training.base.painter import Painter
 from training.config import Config
 from training.portraits import ATTRIBUTES
-from training.run_folder import RunFolder, device_name, write_whole
+from training.run_folder import RunFolder, device_name
 
 from .config import EvalConfig
+from .figures_file import check_place, write_figures
 from .judges import Judges
 from .measures import Yardstick, measure
 from .nearest import training_distance
@@ -42,8 +42,7 @@ def run(config: Config, folder: RunFolder) -> None:
     Figures are written after every row, so that a long run that is stopped leaves its first rows.
     """
     check_rows(config.eval)
-    if config.eval.json:
-        check_place(Path(config.eval.json))
+    check_place(config)
     bench = open_bench(config)
     yardstick = Yardstick.make(bench.judges, bench.trial, config.eval.seed)
     so_far = Outcome({}, {}, {}, {})
@@ -105,14 +104,6 @@ def check_rows(settings: EvalConfig) -> None:
         raise BadConfig("eval.people and eval.prompts must be at least 2 for an interval.")
 
 
-def check_place(path: Path) -> None:
-    """Before hours of work: the figures can be written there. Errors: BadConfig, OSError."""
-    if path.is_dir():
-        raise BadConfig(f"{path} is a folder.", hint="Name a file for the figures.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path.with_name(f".{path.name}.probe"), "").unlink()
-
-
 def open_bench(config: Config) -> Bench:
     """Models, people and prompts of an evaluation."""
     device = config.run.torch_device()
@@ -151,10 +142,7 @@ def protocol(config: Config, trial: Trial, skipped: dict[str, str]) -> dict[str,
 def write(config: Config, folder: RunFolder, trial: Trial, so_far: Outcome) -> None:
     """Write figures where they are asked for; figures, table and sheet into the run folder."""
     outcome = results(protocol(config, trial, so_far.skipped), so_far.rows)
-    text = json.dumps(outcome, indent=2) + "\n"
-    folder.write_text("results.json", text)
-    if config.eval.json:
-        write_whole(Path(config.eval.json), text)
+    write_figures(config, folder, outcome)
     folder.write_text("table.md", markdown(so_far.rows))
     if config.eval.sheet_people:
         _save_sheet(folder, trial, so_far.samples, config.eval.sheet_people)

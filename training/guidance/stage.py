@@ -7,12 +7,10 @@ gained, both in units of what two real pictures of one person have in common.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,16 +19,17 @@ from torch import Tensor
 from difflora_core.config import to_dict
 from training.base.painter import Painter
 from training.config import Config
+from training.evaluation.figures_file import check_place, write_figures
 from training.evaluation.judges import Judges
 from training.evaluation.measures import Yardstick, measure
 from training.evaluation.metrics import reference_similarity
 from training.evaluation.protocol import draw_trial
 from training.evaluation.rows import Bench
 from training.evaluation.sheet import save_sheet
-from training.evaluation.stage import check_place, sheet_prompt
+from training.evaluation.stage import sheet_prompt
 from training.evaluation.summary import Figure, summarise
 from training.evaluation.table import Rows, markdown, results
-from training.run_folder import RunFolder, device_name, write_whole
+from training.run_folder import RunFolder, device_name
 
 from .factors import FactorReader
 from .painting import Painted, Studio, paint, rows
@@ -66,8 +65,7 @@ class Gauge:
 def run(config: Config, folder: RunFolder) -> None:
     """Paint and measure all rows; figures, table and sheet are written after every row."""
     settings = config.guidance
-    if config.eval.json:
-        check_place(Path(config.eval.json))
+    check_place(config)
     config = replace(
         config,
         eval=replace(
@@ -181,10 +179,7 @@ def write(config: Config, folder: RunFolder, gauge: Gauge, studio: Studio, so_fa
     trial = studio.bench.trial
     outcome = results(protocol(config, gauge, trial.prompts), so_far.rows)
     outcome["curves"] = so_far.curves
-    text = json.dumps(outcome, indent=2) + "\n"
-    folder.write_text("results.json", text)
-    if config.eval.json:
-        write_whole(Path(config.eval.json), text)
+    write_figures(config, folder, outcome)
     folder.write_text("table.md", markdown(so_far.rows, COLUMNS))
     if config.guidance.sheet_people:
         photos = trial.photos[: config.guidance.sheet_people].cpu()

@@ -74,10 +74,8 @@ def run(config: Config, folder: RunFolder) -> None:
 
 def write_set(folder: Path, loras: LoraSet, config: LorasConfig, refused: int = 0) -> None:
     """Shards first, the index last: an index that is there describes whole shards."""
-    shards, edition = (
-        [],
-        secrets.token_hex(4),
-    )  # an earlier set stays readable until the index changes
+    shards = []
+    edition = secrets.token_hex(4)  # an earlier set stays readable until the index changes
     (folder / "loras").mkdir(parents=True, exist_ok=True)
     for i in range(0, len(loras), config.shard):
         name = f"loras/shard_{edition}_{i // config.shard:03d}.safetensors"
