@@ -28,6 +28,16 @@ class NoiseSchedule:
         snr = self.alpha[t] / (1 - self.alpha[t])
         return snr.clamp(max=gamma) / snr if gamma else torch.ones_like(snr)
 
+    def spread(self, count: int) -> Tensor:
+        """One random timestep out of each of `count` equal parts of the schedule, int64 [count].
+
+        Every t is as likely as under independent draws, and the loss of a batch varies less
+        (Kingma et al. 2021, "Variational Diffusion Models", appendix I.1).
+        """
+        device = self.alpha.device
+        parts = torch.arange(count, device=device) + torch.rand(count, device=device)
+        return (parts * (STEPS / count)).long().clamp(max=STEPS - 1)
+
     def loss(self, predicted: Tensor, noise: Tensor, t: Tensor, gamma: float = 0.0) -> Tensor:
         """Squared error per sample [B], weighted."""
         error = (predicted.float() - noise).square().mean((1, 2, 3))

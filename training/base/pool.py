@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..portraits import Scene, describe, render, sample_scenes
@@ -26,29 +27,35 @@ _CPU_CHUNK = 8
 
 @dataclass(frozen=True)
 class LatentPool:
-    """latents [N, 4, 16, 16] (scaled, half precision) and prompts [N, 77] (table rows)."""
+    """What training sees of N pictures.
+
+    latents [N, 4, 16, 16] (scaled, half precision), prompts [N, 77] (table rows) and faces
+    [N, 16, 16], the share of each latent's pixels that lies in a face box (half precision).
+    """
 
     latents: Tensor
     prompts: Tensor
+    faces: Tensor
 
     def __len__(self) -> int:
         return len(self.latents)
 
-    def draw(self, batch: int) -> tuple[Tensor, Tensor]:
-        """A random batch: latents [B, 4, 16, 16] float32 and prompt rows [B, 77] int64."""
+    def draw(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """A random batch: latents and faces as float32, prompt rows as int64."""
         device = self.latents.device
         index = torch.randint(len(self), (batch,), device=device)
-        return self.latents[index].float(), self.prompts[index].long()
+        return self.latents[index].float(), self.prompts[index].long(), self.faces[index].float()
 
 
 def build_pool(vae: Vae, config: UnetConfig, seed: int, device: torch.device) -> LatentPool:
     """Draw `config.pool` pictures of training people and encode them."""
-    latents, prompts = [], []
+    latents, prompts, faces = [], [], []
     for scene, spoken in _scenes_with_prompts(config, seed):
-        images = render(scene.to(device)).images
-        latents.append(encode_images(vae, images).half())
+        drawn = render(scene.to(device))
+        latents.append(encode_images(vae, drawn.images).half())
         prompts.append(spoken.result().short() if isinstance(spoken, Future) else spoken.short())
-    return LatentPool(torch.cat(latents), torch.cat(prompts).to(device))
+        faces.append(F.adaptive_avg_pool2d(drawn.face_pixels(), latents[-1].shape[-2:]).half())
+    return LatentPool(torch.cat(latents), torch.cat(prompts).to(device), torch.cat(faces))
 
 
 @torch.no_grad()

@@ -37,17 +37,16 @@ def train_unet(config: Config, folder: RunFolder) -> None:
         unet.load_state_dict(open_unet(config).state_dict())
         text.load_state_dict(open_text(config).state_dict())
     schedule, empty = NoiseSchedule(device), rows([""]).to(device)
+    denoise = torch.compile(unet) if base.unet.compile else unet
 
     def step(i: int) -> dict[str, Tensor]:
-        latents, prompts = pool.draw(base.unet.batch)
+        latents, prompts, faces = pool.draw(base.unet.batch)
         prompts = drop_words(prompts, empty, base.unet)
-        noise = torch.randn_like(latents)
-        t = torch.randint(1000, (len(latents),), device=device)
+        noise, t = torch.randn_like(latents), schedule.spread(len(latents))
         context = text(prompts).last_hidden_state
-        predicted = unet(schedule.add_noise(latents, noise, t), t, context).sample
-        plain = schedule.loss(predicted, noise, t)
-        weight = schedule.min_snr_weight(t, base.unet.min_snr)
-        return {"loss": (plain * weight).mean(), "epsilon": plain.mean()}
+        predicted = denoise(schedule.add_noise(latents, noise, t), t, context).sample
+        error = (predicted.float() - noise).square().mean(1)
+        return unet_losses(error, faces, schedule.min_snr_weight(t, base.unet.min_snr), base.unet)
 
     trainer = train(
         {"unet": unet, "text": text},
@@ -63,6 +62,20 @@ def train_unet(config: Config, folder: RunFolder) -> None:
     save_artifact(config, "unet", trainer.averaged("unet"), built_from, figures)
     words = text_tensors(trainer.averaged("text"))
     save_artifact(config, "text_encoder", words, text_config(base.text), figures)
+
+
+def unet_losses(
+    error: Tensor, faces: Tensor, by_time: Tensor, config: UnetConfig
+) -> dict[str, Tensor]:
+    """The weighted loss, and the plain errors everywhere and in faces (means, to be logged).
+
+    A weight that depends on place and time leaves the best prediction as it is; it says where a
+    small network errs least. error, faces [B, H, W]; by_time [B].
+    """
+    weight = 1 + config.face_weight * faces
+    loss = (error * weight * by_time[:, None, None]).mean() / weight.mean()
+    inside = (error * faces).sum() / faces.sum().clamp(min=1)
+    return {"loss": loss, "epsilon": error.mean(), "epsilon_faces": inside}
 
 
 def drop_words(prompts: Tensor, empty: Tensor, config: UnetConfig) -> Tensor:

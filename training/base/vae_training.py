@@ -14,7 +14,7 @@ from ..budget import train
 from ..config import Config
 from ..drawing import generator_for
 from ..example_pool import Examples, Pool, as_bytes
-from ..portraits import Portraits, render, sample_scenes
+from ..portraits import render, sample_scenes
 from ..run_folder import RunFolder
 from .config import VaeConfig
 from .models import Vae, build_vae, open_vae, start_residuals_at_zero, vae_config
@@ -66,7 +66,7 @@ def _draw(config: Config, chunk: int) -> Examples:
     generator = generator_for(config.run.seed, chunk)
     device, count = config.run.torch_device(), config.base.vae.chunk
     drawn = render(sample_scenes(count, generator, people="mixed", device=device))
-    return {"images": as_bytes(drawn.images), "faces": as_bytes(face_pixels(drawn))}
+    return {"images": as_bytes(drawn.images), "faces": as_bytes(drawn.face_pixels())}
 
 
 def crop_batch(batch: Examples, side: int) -> Examples:
@@ -114,16 +114,6 @@ def vae_losses(vae: Vae, batch: Examples, config: VaeConfig) -> dict[str, Tensor
     return {"loss": loss} | losses
 
 
-def face_pixels(drawn: Portraits) -> Tensor:
-    """1 inside the face boxes, [B, H, W]."""
-    size = drawn.images.shape[-1]
-    axis = torch.arange(size, device=drawn.images.device) + 0.5
-    boxes = drawn.boxes.nan_to_num(-1)[..., None]
-    across = (axis > boxes[:, :, 0]) & (axis < boxes[:, :, 2])
-    down = (axis > boxes[:, :, 1]) & (axis < boxes[:, :, 3])
-    return (across[:, :, None, :] & down[:, :, :, None]).any(1).float()
-
-
 def _edge_loss(error: Tensor, weight: Tensor, axis: int) -> Tensor:
     """L1 of the gradient of the error along an axis of [B, C, H, W]; weight [B, H, W]."""
     slope = error.diff(dim=axis).abs().mean(1)
@@ -147,7 +137,7 @@ def measure_vae(vae: Vae, count: int, device: torch.device) -> dict[str, Any]:
     drawn = render(scenes.to(device))
     painted = decode_latents(vae, encode_images(vae, drawn.images))
     error = (painted - drawn.images).square().mean(1)
-    faces = face_pixels(drawn)
+    faces = drawn.face_pixels()
     whole, inside = error.mean().item(), ((error * faces).sum() / faces.sum()).item()
     l1 = F.l1_loss(painted, drawn.images).item()
     return {"psnr": -10 * math.log10(whole), "psnr_face": -10 * math.log10(inside), "l1": l1}

@@ -36,6 +36,15 @@ class Portraits:
     present: Tensor
     attributes: dict[str, Tensor]
 
+    def face_pixels(self) -> Tensor:
+        """1 inside the face boxes, float32 [B, S, S]."""
+        size = self.images.shape[-1]
+        axis = torch.arange(size, device=self.images.device) + 0.5
+        boxes = self.boxes.nan_to_num(-1)[..., None]
+        across = (axis > boxes[:, :, 0]) & (axis < boxes[:, :, 2])
+        down = (axis > boxes[:, :, 1]) & (axis < boxes[:, :, 3])
+        return (across[:, :, None, :] & down[:, :, :, None]).any(1).float()
+
 
 @torch.no_grad()
 def render(scene: Scene, size: int = 128) -> Portraits:
