@@ -58,9 +58,15 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    # x becomes P x with P a polynomial of its Gram matrix, five times: the product of the P is
+    # collected in the small space of rows, and the long matrix is multiplied once
+    gram = x @ x.mT
+    one = torch.eye(gram.shape[-1], device=gram.device, dtype=gram.dtype)
+    product = one.expand_as(gram)
     for _ in range(_ITERATIONS):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        p = a * one + b * gram + c * gram @ gram
+        product, gram = p @ product, p @ gram @ p
+    x = product @ x
     return x.mT if tall else x
 
 
