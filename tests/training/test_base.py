@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,17 @@ from difflora_core.mini_world import open_part
 from tests.training.tiny_world import write_world
 from training.__main__ import open_run
 from training.artifacts import artifacts_folder
-from training.base.models import NOISE_SCHEDULE, alphas
+from training.base.config import UnetConfig
+from training.base.models import NOISE_SCHEDULE, alphas, open_vae
 from training.base.noise import NoiseSchedule
 from training.base.painter import Painter
+from training.base.pool import build_pool
 from training.base.side_path import SidePath, stack_loras
 from training.base.stage import run as train_base
 from training.base.tokens import CONTEXT, END, UNKNOWN, encode, rows, token_index
+from training.base.unet_training import unet_losses
 from training.config import Config, load_config
+from training.portraits import render, sample_scenes
 
 CPU = torch.device("cpu")
 PROMPTS = [
@@ -64,6 +69,39 @@ def test_schedule_is_that_of_diffusers() -> None:
     clean, noise = torch.randn(2, 3, 4, 8, 8)
     noisy = schedule.add_noise(clean, noise, t)
     assert torch.allclose(noisy, theirs.add_noise(clean, noise, t), atol=1e-5)
+
+
+def test_timesteps_are_spread_over_the_whole_schedule() -> None:
+    schedule = NoiseSchedule(CPU)
+    torch.manual_seed(0)
+    draws = torch.stack([schedule.spread(8) for _ in range(2000)])
+    assert (draws // 125 == torch.arange(8)).all(), "one from each eighth"
+    assert draws.min() == 0 and draws.max() == 999
+    assert abs(draws.float().mean().item() - 499.5) < 2
+
+
+def test_faces_weigh_more_in_the_loss_and_the_parts_are_logged() -> None:
+    faces = torch.zeros(2, 4, 4)
+    faces[0, :2] = 1  # eight of 32 places
+    error = torch.where(faces > 0, 3.0, 1.0)
+    losses = unet_losses(error, faces, torch.ones(2), UnetConfig(face_weight=3.0))
+    assert losses["loss"].item() == pytest.approx((8 * 4 * 3 + 24) / (8 * 4 + 24))
+    assert losses["epsilon"].item() == pytest.approx((8 * 3 + 24) / 32)
+    assert losses["epsilon_faces"].item() == pytest.approx(3)
+    plain = unet_losses(error, faces, torch.ones(2), UnetConfig(face_weight=0.0))
+    assert torch.equal(plain["loss"], plain["epsilon"])
+    late = unet_losses(error, faces, torch.tensor([0.0, 1.0]), UnetConfig(face_weight=0.0))
+    assert late["loss"].item() == pytest.approx(0.5)
+
+
+def test_the_pool_knows_where_faces_are(config: Config) -> None:
+    write_world(config)
+    pool = build_pool(open_vae(config), replace(config.base.unet, pool=6), seed=3, device=CPU)
+    scenes = sample_scenes(6, torch.Generator().manual_seed(3), people="mixed")
+    drawn = render(scenes)
+    assert pool.faces.shape == (6, 16, 16)
+    area = (drawn.face_pixels().mean((1, 2)), pool.faces.float().mean((1, 2)))
+    assert torch.allclose(*area, atol=1e-3) and area[0].min() > 0
 
 
 def tiny_unet() -> UNet2DConditionModel:

@@ -37,6 +37,10 @@ class VaeConfig:
     """Weight of the L1 distance of picture gradients, which sharpens a trained model."""
     face_weight: float = 3.0
     """Extra weight of pixels inside face boxes: identity lives there."""
+    critic_weight: float = 0.0
+    """Gradient of the critic's loss as a share of the distance's; 0 = no critic."""
+    part: Literal["all", "decoder"] = "all"
+    """What trains: with `decoder`, latents stay what they were for a trained U-Net."""
     start: Literal["fresh", "artifact"] = "fresh"
     """From new weights, or from the run's artifact (else the shipped one) of the same shape."""
     minutes: float = 0.0

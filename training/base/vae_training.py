@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from difflora_core.errors import BadConfig
+
 from ..artifacts import save_artifact
 from ..budget import train
 from ..config import Config
@@ -17,10 +19,13 @@ from ..example_pool import Examples, Pool, as_bytes
 from ..portraits import render, sample_scenes
 from ..run_folder import RunFolder
 from .config import VaeConfig
+from .critic import Critic, balance, critic_loss, painter_loss
 from .models import Vae, build_vae, open_vae, start_residuals_at_zero, vae_config
 from .pool import decode_latents, encode_images
 
 _WHOLE_EVERY = 4
+#: steps of the critic before the decoder listens to it
+_CRITIC_ALONE = 300
 #: share of crops that may lie anywhere rather than around a face
 _ANYWHERE = 0.25
 
@@ -34,15 +39,28 @@ def train_vae(config: Config, folder: RunFolder) -> None:
         vae.load_state_dict(open_vae(config).state_dict())
     else:
         start_residuals_at_zero(vae)
+    if settings.part == "decoder":
+        _check_start(settings)
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    critic = Critic().to(device, memory_format=torch.channels_last)
     pool = Pool(lambda k: _draw(config, k), settings.pool, settings.reuse)
 
     def step(i: int) -> dict[str, Tensor]:
         whole = not settings.crop or i % _WHOLE_EVERY == 0
         batch = pool.draw(settings.batch // 4 if whole else settings.batch)
-        return vae_losses(vae, batch if whole else crop_batch(batch, settings.crop), settings)
+        batch = batch if whole else crop_batch(batch, settings.crop)
+        target = (batch["images"] * 2 - 1).contiguous(memory_format=torch.channels_last)
+        posterior = vae.encode(target).latent_dist
+        painted = vae.decode(posterior.sample()).sample.float()
+        losses = vae_losses(painted - target, posterior, batch["faces"], settings)
+        if settings.critic_weight:
+            weight = settings.critic_weight * (i >= _CRITIC_ALONE)
+            losses |= critic_losses(critic, target, painted, losses["loss"], vae, weight)
+        return losses
 
     trainer = train(
-        {"vae": vae},
+        {"vae": vae, "critic": critic} if settings.critic_weight else {"vae": vae},
         settings.optim,
         config.run,
         folder.part("vae"),
@@ -52,13 +70,23 @@ def train_vae(config: Config, folder: RunFolder) -> None:
     )
     vae.load_state_dict(trainer.averaged("vae"))
     vae.eval()
-    built_from = vae_config(settings) | {
-        "scaling_factor": latent_scale(vae, settings.measured, device)
-    }
+    if settings.part == "decoder":
+        scale = open_vae(config).config.scaling_factor
+    else:
+        scale = latent_scale(vae, settings.measured, device)
+    built_from = vae_config(settings) | {"scaling_factor": scale}
     vae.register_to_config(scaling_factor=built_from["scaling_factor"])
     save_artifact(
         config, "vae", vae.state_dict(), built_from, measure_vae(vae, settings.measured, device)
     )
+
+
+def _check_start(settings: VaeConfig) -> None:
+    if settings.start == "fresh":
+        raise BadConfig(
+            "base.vae.part is decoder, but the encoder beside it would be new.",
+            hint="Set base.vae.start=artifact to keep a trained one.",
+        )
 
 
 def _draw(config: Config, chunk: int) -> Examples:
@@ -97,13 +125,14 @@ def _uniform(rows: Tensor) -> Tensor:
     return torch.rand(len(rows), device=rows.device)
 
 
-def vae_losses(vae: Vae, batch: Examples, config: VaeConfig) -> dict[str, Tensor]:
-    """Distance of pixels and of their gradients, more on faces, and the KL divergence (means)."""
-    target = (batch["images"] * 2 - 1).contiguous(memory_format=torch.channels_last)
-    posterior = vae.encode(target).latent_dist
-    painted = vae.decode(posterior.sample()).sample.float()
-    weight = 1 + config.face_weight * batch["faces"]
-    error = painted - target
+def vae_losses(
+    error: Tensor, posterior: Any, faces: Tensor, config: VaeConfig
+) -> dict[str, Tensor]:
+    """Distance of pixels and of their gradients, more on faces, and the KL divergence (means).
+
+    error [B, 3, H, W] of pictures in -1..1, faces [B, H, W].
+    """
+    weight = 1 + config.face_weight * faces
     distance = error.square() if config.pixel_loss == "mse" else error.abs()
     pixels = (distance.mean(1) * weight).mean() / weight.mean()
     kl = posterior.kl().mean() / posterior.mean[0].numel()
@@ -112,6 +141,16 @@ def vae_losses(vae: Vae, batch: Examples, config: VaeConfig) -> dict[str, Tensor
         losses["edges"] = _edge_loss(error, weight, 2) + _edge_loss(error, weight, 3)
     loss = pixels + config.edge_weight * losses.get("edges", 0.0) + config.kl_weight * kl
     return {"loss": loss} | losses
+
+
+def critic_losses(
+    critic: Critic, target: Tensor, painted: Tensor, distance: Tensor, vae: Vae, weight: float
+) -> dict[str, Tensor]:
+    """`distance` with the critic's part added, and with the loss of the critic itself."""
+    judged = critic_loss(critic, target, painted)
+    fooling = painter_loss(critic, target, painted)
+    factor = weight * balance(distance, fooling, vae.decoder.conv_out.weight)
+    return {"loss": distance + factor * fooling + judged, "critic": judged, "fooling": fooling}
 
 
 def _edge_loss(error: Tensor, weight: Tensor, axis: int) -> Tensor:
