@@ -19,7 +19,7 @@ from training.base.config import UnetConfig
 from training.base.models import NOISE_SCHEDULE, alphas, open_vae
 from training.base.noise import NoiseSchedule
 from training.base.painter import Painter
-from training.base.pool import build_pool
+from training.base.pool import build_pool, open_pool
 from training.base.side_path import SidePath, stack_loras
 from training.base.stage import run as train_base
 from training.base.tokens import CONTEXT, END, UNKNOWN, encode, rows, token_index
@@ -102,6 +102,19 @@ def test_the_pool_knows_where_faces_are(config: Config) -> None:
     assert pool.faces.shape == (6, 16, 16)
     area = (drawn.face_pixels().mean((1, 2)), pool.faces.float().mean((1, 2)))
     assert torch.allclose(*area, atol=1e-3) and area[0].min() > 0
+
+
+def test_a_resumed_run_finds_its_pool(config: Config, tmp_path: Path) -> None:
+    write_world(config)
+    few = replace(config, base=replace(config.base, unet=replace(config.base.unet, pool=4)))
+    path = tmp_path / "pool.safetensors"
+    first = open_pool(few, path, CPU)
+    written = path.stat().st_mtime_ns
+    again = open_pool(few, path, CPU)
+    assert path.stat().st_mtime_ns == written
+    assert all(torch.equal(value, vars(again)[name]) for name, value in vars(first).items())
+    other = replace(few, run=replace(few.run, seed=5))
+    assert not torch.equal(open_pool(other, path, CPU).latents, first.latents)
 
 
 def tiny_unet() -> UNet2DConditionModel:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from difflora_core.weights_file import read_safetensors, write_safetensors
+
+from ..artifacts import artifact, sha256
+from ..config import Config
 from ..portraits import Scene, describe, render, sample_scenes
 from .config import UnetConfig
-from .models import Vae
+from .models import Vae, open_vae
 from .tokens import rows
 
 CHUNK = 2048
@@ -45,6 +51,30 @@ class LatentPool:
         device = self.latents.device
         index = torch.randint(len(self), (batch,), device=device)
         return self.latents[index].float(), self.prompts[index].long(), self.faces[index].float()
+
+
+def open_pool(config: Config, path: Path, device: torch.device) -> LatentPool:
+    """The pool of train-base: drawn and written to `path`, or found there by a resumed run.
+
+    A file that was made from other settings or with another VAE is made anew.
+    """
+    settings, seed = config.base.unet, config.run.seed
+    origin = [
+        settings.pool,
+        settings.mention,
+        settings.looks,
+        seed,
+        sha256(artifact(config, "vae")),
+    ]
+    made_of = json.dumps(origin)
+    if path.exists():
+        tensors, header = read_safetensors(path)
+        if header.get("made_of") == made_of:
+            return LatentPool(**{name: tensor.to(device) for name, tensor in tensors.items()})
+    pool = build_pool(open_vae(config).to(device), settings, seed, device)
+    tensors = {name: tensor.cpu() for name, tensor in vars(pool).items()}
+    write_safetensors(path, tensors, {"made_of": made_of}, overwrite=True)
+    return pool
 
 
 def build_pool(vae: Vae, config: UnetConfig, seed: int, device: torch.device) -> LatentPool:

@@ -15,13 +15,12 @@ from .models import (
     build_unet,
     open_text,
     open_unet,
-    open_vae,
     text_config,
     text_tensors,
     unet_config,
 )
 from .noise import NoiseSchedule
-from .pool import build_pool
+from .pool import open_pool
 from .tokens import UNKNOWN, rows
 
 
@@ -29,7 +28,8 @@ def train_unet(config: Config, folder: RunFolder) -> None:
     """Train on the trained VAE's latents; writes the artifacts `unet` and `text_encoder`."""
     base, device = config.base, config.run.torch_device()
     torch.manual_seed(config.run.seed)
-    pool = build_pool(open_vae(config).to(device), base.unet, config.run.seed, device)
+    part = folder.part("unet")
+    pool = open_pool(config, part.path / "pool.safetensors", device)
     unet = build_unet(unet_config(base.unet, base.text))
     unet = unet.to(device, memory_format=torch.channels_last)
     text = build_compact_text(text_config(base.text)).to(device)
@@ -52,7 +52,7 @@ def train_unet(config: Config, folder: RunFolder) -> None:
         {"unet": unet, "text": text},
         base.unet.optim,
         config.run,
-        folder.part("unet"),
+        part,
         step,
         batch=base.unet.batch,
         minutes=base.unet.minutes,

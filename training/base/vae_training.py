@@ -43,7 +43,8 @@ def train_vae(config: Config, folder: RunFolder) -> None:
         _check_start(settings)
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
-    critic = Critic().to(device, memory_format=torch.channels_last)
+    critic = Critic().to(device)
+    critic.to(memory_format=torch.channels_last)
     pool = Pool(lambda k: _draw(config, k), settings.pool, settings.reuse)
 
     def step(i: int) -> dict[str, Tensor]:
