@@ -44,6 +44,7 @@ MADE_BY = {
     "image_encoder": "train-encoders",
     "attribute_heads": "train-encoders",
     "self_supervised": "train-encoders",
+    "landmarks": "train-encoders",
     "det_mini": "export-face-pack",
     "rec_mini": "export-face-pack",
     "predictor": "train-dit",

@@ -6,6 +6,7 @@ with what is wanted; `Guide` follows the gradient while sampling, training minim
 
 from .decoders import Decoder, FastDecoder, ModuleDecoder
 from .guidance import GuidanceSettings, Guide
+from .landmarks import LandmarkNetwork, open_landmark_network
 from .losses import (
     PRESETS,
     Preset,
@@ -33,6 +34,7 @@ __all__ = [
     "FlatFaces",
     "GuidanceSettings",
     "Guide",
+    "LandmarkNetwork",
     "Lpips",
     "ModuleDecoder",
     "Preset",
@@ -47,5 +49,6 @@ __all__ = [
     "masked_distance",
     "mean_inside",
     "open_face_network",
+    "open_landmark_network",
     "open_lpips",
 ]

@@ -19,7 +19,7 @@ from ..errors import BadWeightsFile
 from ..face_crop import TEMPLATE_SIZE, align
 from ..recogniser import IResNet, Recogniser
 from ..tensor_file import is_finite
-from .onnx_network import HINT, MISFITS, read_onnx
+from .onnx_network import MISFITS, RECOGNISER, read_onnx
 
 
 class FaceActivations(NamedTuple):
@@ -72,7 +72,7 @@ class FaceNetwork(nn.Module):
     def _look(self, crops: Tensor) -> FaceActivations:
         maps: dict[int, Tensor] = {}
         passed = normalised = crops.float() * self.scale + self.shift
-        with _without_autocast(crops.device.type):
+        with without_autocast(crops.device.type):
             for passed in self.trunk(normalised):
                 if passed.ndim == 4 and passed.shape[-1] > 1 and passed.shape[1] > 3:
                     maps[passed.shape[-1]] = passed
@@ -88,10 +88,12 @@ class FaceNetwork(nn.Module):
             raise BadWeightsFile(
                 f"{self.name} gives {rows} x {width} numbers for {count} crops, expected an "
                 "embedding each.",
-                hint=HINT,
+                hint=RECOGNISER.hint,
             )
         if not is_finite(embedding):
-            raise BadWeightsFile(f"{self.name} gives numbers that are not finite.", hint=HINT)
+            raise BadWeightsFile(
+                f"{self.name} gives numbers that are not finite.", hint=RECOGNISER.hint
+            )
         return count == 2
 
     @torch.no_grad()
@@ -103,11 +105,13 @@ class FaceNetwork(nn.Module):
             if count > 1:
                 return torch.zeros(0)
             reason = str(error).splitlines()[0].rstrip(".")
-            raise BadWeightsFile(f"{self.name} cannot be run: {reason}.", hint=HINT) from error
+            raise BadWeightsFile(
+                f"{self.name} cannot be run: {reason}.", hint=RECOGNISER.hint
+            ) from error
 
 
-def _without_autocast(device: str) -> AbstractContextManager[object]:
-    """Rounded to 8 bits, the gradient of a cosine near 1 would be noise."""
+def without_autocast(device: str) -> AbstractContextManager[object]:
+    """Rounded to 8 bits, the gradient of a cosine near 1 would be noise, and so would points."""
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
@@ -135,11 +139,11 @@ def open_face_network(path: str | Path) -> FaceNetwork:
             name = recogniser.config.name or path.stem
             return FaceNetwork(name, _chain(recogniser.network))
         if path.suffix == ".onnx":
-            network = read_onnx(path, TEMPLATE_SIZE)
+            network = read_onnx(path, RECOGNISER)
             return FaceNetwork(path.stem, network, takes_bytes=network.takes_bytes)
     raise BadWeightsFile(
         f"{path.name} is no face recogniser: expected a .safetensors or .onnx file.",
-        hint=HINT,
+        hint=RECOGNISER.hint,
     )
 
 

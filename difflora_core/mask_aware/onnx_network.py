@@ -1,4 +1,4 @@
-"""A face recogniser's ONNX file as a torch module, so that it has gradients.
+"""A face network's ONNX file as a torch module, so that it has gradients.
 
 The graph is run as it stands: names, folded batch norms and the exporter do not matter. This is the
 only module that imports onnx, and only when a file is opened.
@@ -16,13 +16,37 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import BadWeightsFile, DiffLoRAError
+from ..face_crop import TEMPLATE_SIZE
 from ..tensor_file import is_finite
 from .onnx_ops import OPERATIONS, Attributes
 
 AGAIN = "Get the file again: the download or copy may be incomplete."
-HINT = "Choose a face recogniser, such as glintr100.onnx or w600k_r50.onnx."
+_MEANS = {"Sub": 1, "BatchNormalization": 3}
+"""Operations that take a mean away, and which of their inputs it is."""
 MISFITS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 """What comes up where the operations of a file do not fit together."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a file has to hold."""
+
+    name: str
+    gives: str
+    side: int
+    """Of the pictures that it takes, in pixels."""
+    hint: str
+
+
+RECOGNISER = Kind(
+    "face recogniser",
+    "embedding",
+    TEMPLATE_SIZE,
+    "Choose a face recogniser, such as glintr100.onnx or w600k_r50.onnx.",
+)
+LANDMARKS = Kind(
+    "landmark network", "row of points", 192, "Choose 2d106det.onnx of buffalo_l or antelopev2."
+)
 
 
 @dataclass(frozen=True)
@@ -67,9 +91,9 @@ class OnnxNetwork(nn.Module):
     def takes_bytes(self) -> bool:
         """Whether the graph takes 0..255 and normalises itself, as files made by MXNet do."""
         first = next((s for s in self.steps if s.kind not in ("Cast", "Identity")), None)
-        if first is None or first.kind != "Sub":
+        if first is None or first.kind not in _MEANS:
             return False
-        mean = self._value(first.inputs[1], {})
+        mean = self._value(first.inputs[_MEANS[first.kind]], {})
         return mean is not None and float(mean.max()) > 1
 
     def forward(self, pictures: Tensor) -> Iterator[Tensor]:
@@ -105,14 +129,14 @@ def _with_last_uses(steps: Sequence[Step], picture: str, result: str) -> list[St
     return kept[::-1]
 
 
-def read_onnx(path: Path, size: int) -> OnnxNetwork:
-    """The network in a file that takes pictures [N, 3, size, size] and gives one result.
+def read_onnx(path: Path, kind: Kind) -> OnnxNetwork:
+    """The network in a file that takes pictures [N, 3, side, side] and gives one result.
 
     Errors: BadWeightsFile when it is broken or no such network; DiffLoRAError without onnx.
     """
     graph = _load(path).graph
-    picture, result = _ends(path, graph, size)
-    _check_operations(path, graph)
+    picture, result = _ends(path, graph, kind)
+    _check_operations(path, graph, kind)
     try:
         steps, constants = _parts(graph)
     except MISFITS as error:
@@ -165,34 +189,34 @@ def _external(model: Any) -> str:
     return ", ".join(sorted({entry.value for entry in entries if entry.key == "location"}))
 
 
-def _ends(path: Path, graph: Any, size: int) -> tuple[str, str]:
-    """Names of input and output. Errors: BadWeightsFile unless they are a recogniser's."""
+def _ends(path: Path, graph: Any, kind: Kind) -> tuple[str, str]:
+    """Names of input and output. Errors: BadWeightsFile unless they are such a network's."""
     weights = {one.name for one in graph.initializer}
     inputs = [one for one in graph.input if one.name not in weights]
     if len(inputs) != 1 or len(graph.output) != 1:
         raise BadWeightsFile(
-            f"{path.name} is no face recogniser: it has {len(inputs)} inputs and "
-            f"{len(graph.output)} outputs, expected one picture and one embedding.",
-            hint=HINT,
+            f"{path.name} is no {kind.name}: it has {len(inputs)} inputs and "
+            f"{len(graph.output)} outputs, expected one picture and one {kind.gives}.",
+            hint=kind.hint,
         )
     shape = [d.dim_value for d in inputs[0].type.tensor_type.shape.dim]
-    wanted = (3, size, size)
+    wanted = (3, kind.side, kind.side)
     fits = len(shape) == 4 and all(a in (0, b) for a, b in zip(shape[1:], wanted, strict=True))
     if shape and not fits:
         found = " x ".join(str(n or "any") for n in shape)
         raise BadWeightsFile(
-            f"{path.name} takes {found}, expected pictures of 3 x {size} x {size}.",
-            hint=HINT,
+            f"{path.name} takes {found}, expected pictures of 3 x {kind.side} x {kind.side}.",
+            hint=kind.hint,
         )
     return inputs[0].name, graph.output[0].name
 
 
-def _check_operations(path: Path, graph: Any) -> None:
+def _check_operations(path: Path, graph: Any, kind: Kind) -> None:
     kinds = {".".join(filter(None, (node.domain, node.op_type))) for node in graph.node}
     if unknown := sorted(kinds - OPERATIONS.keys()):
         raise BadWeightsFile(
             f"{path.name} uses operations that are not known here: {', '.join(unknown[:3])}.",
-            hint=HINT,
+            hint=kind.hint,
         )
 
 

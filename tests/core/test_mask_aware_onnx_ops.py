@@ -12,7 +12,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from difflora_core.mask_aware.onnx_network import read_onnx
+from difflora_core.mask_aware.onnx_network import RECOGNISER, read_onnx
 from difflora_core.mask_aware.onnx_ops import OPERATIONS
 from tests.core.face_networks import by_onnxruntime, crops, write
 
@@ -127,7 +127,7 @@ def graph_of(case: Case) -> tuple[list[Any], dict[str, np.ndarray]]:
 def test_agrees_with_onnxruntime(tmp_path: Path, case: Case) -> None:
     nodes, constants = graph_of(case)
     path = write(tmp_path / "one.onnx", nodes, constants, opset=case.opset)
-    *_, found = read_onnx(path, 112)(crops(1))
+    *_, found = read_onnx(path, RECOGNISER)(crops(1))
     expected = by_onnxruntime(path, crops(1))
     assert found.shape == expected.shape
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
@@ -151,7 +151,7 @@ def test_shapes_and_constants(tmp_path: Path) -> None:
         node("Reshape", ["shifted", "wanted"], ["out"]),
     ]
     path = write(tmp_path / "view.onnx", nodes, {}, opset=13)
-    *_, found = read_onnx(path, 112)(crops(1))
+    *_, found = read_onnx(path, RECOGNISER)(crops(1))
     assert torch.allclose(found, by_onnxruntime(path, crops(1)))
 
 

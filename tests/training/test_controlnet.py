@@ -161,6 +161,24 @@ def _alphas() -> Tensor:
     return (1 - torch.linspace(start, end, 1000, dtype=torch.float64) ** 2).cumprod(0)
 
 
+def test_the_landmark_term_compares_points_in_face_widths(tmp_path: Path) -> None:
+    shop = stage.Workshop.open(world(tmp_path, "controlnet.variants=[landmark=0.3]"))
+    batch = batch_of(shop)
+    objective = ObjectiveConfig(body=0.0, face=0.0, landmark=0.3, min_snr=0.0)
+    found, predicted, noise, t = losses(shop, objective, batch, [50, 20, 99, 300])
+    loss = replace(shop.loss, objective=objective)
+    noisy = loss.schedule.add_noise(batch.latents, noise, t)
+    term = loss.terms(batch, noisy, predicted, t)["landmark"]
+    assert term.present.tolist() == [True, True, True, False]
+    ldm = (predicted - noise).square().mean((1, 2, 3))
+    expected = torch.where(term.present, 0.3 * term.value + 0.7 * ldm, ldm).mean()
+    assert found["loss"].item() == pytest.approx(expected.item(), rel=1e-4)
+    (slope,) = torch.autograd.grad(term.value[:3].sum(), predicted)
+    assert slope[:3].abs().amax((1, 2, 3)).min() > 0 and not slope[3].any()
+    same = loss.compare(batch, batch.latents)["landmark"]
+    assert same.value.abs().max() < 1e-5, "the true picture has its points where they are"
+
+
 def test_a_picture_without_faces_gives_their_weight_to_the_rest(shop: stage.Workshop) -> None:
     batch = batch_of(shop)
     nobody = replace(batch, landmarks=torch.full_like(batch.landmarks, torch.nan))

@@ -22,8 +22,10 @@ from training.artifacts import MissingArtifact, artifacts_folder, read_manifest
 from training.config import Config, load_config
 from training.controlnet import stage
 from training.controlnet.base_model import open_base
+from training.controlnet.config import ObjectiveConfig
 from training.controlnet.control import new_control, predict_noise
 from training.controlnet.export import open_control
+from training.controlnet.objective import objective_of
 from training.loop import Interrupted
 
 
@@ -126,6 +128,18 @@ def test_stable_diffusion_goes_the_same_way(tmp_path: Path) -> None:
     place = artifacts_folder(config) / "controlnet" / "paper-seed0"
     keys = load_file(place / "paper-seed0_comfyui.safetensors").keys()
     assert "control_model.input_blocks.11.0.in_layers.2.weight" in keys
+
+
+def test_networks_of_drawings_are_not_used_on_photos(tmp_path: Path) -> None:
+    file = Path("training/configs/sd15_controlnet.toml")
+    words = [*sd_words(tmp_path), "controlnet.face_network=", "controlnet.landmark_network="]
+    for more, key in (([], "face_network"), (["controlnet.variants=[landmark=0.1 face=0]"],
+                                             "landmark_network")):  # fmt: skip
+        config = load_config(file, [*words, *more])
+        with pytest.raises(BadConfig, match=rf"controlnet\.{key} is empty"):
+            stage.run(config, open_run(config, "train-controlnet"))
+    config = load_config(file, [*words, "controlnet.variants=[baseline]"])
+    stage.check_networks(config.controlnet, [objective_of("baseline", ObjectiveConfig())])
 
 
 def test_checkpointing_changes_nothing_but_memory(tmp_path: Path) -> None:

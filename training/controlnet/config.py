@@ -39,7 +39,8 @@ class PeopleConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """The mask-aware loss: body * L_body + face * L_face + (1 - body - face) * L_LDM for t < last.
+    """The mask-aware loss for t < last: body * L_body + face * L_face + landmark * L_landmark, and
+    L_LDM with what they leave of 1.
 
     Features are compared at unit length, so that a weight means the same for every network.
     """
@@ -48,6 +49,8 @@ class ObjectiveConfig:
     """Weight of the distance of the decoder's features inside the masks of people (lambda 1)."""
     face: float = 0.5
     """Weight of the distance of faces in the eyes of the face network (lambda 2)."""
+    landmark: float = 0.0
+    """Weight of the distance of landmarks as the landmark network reads them, in face widths."""
     last: int = 100
     """T: the terms count at timesteps below, where the estimate of the picture can be trusted."""
     share: float = 0.4
@@ -111,6 +114,9 @@ class ControlnetConfig:
     face_network: str = ""
     """Recogniser of the face term, .safetensors of ours or .onnx as in insightface's packs;
     empty: the recogniser of the mini world."""
+    landmark_network: str = ""
+    """Network of the landmark term, .safetensors of ours or 2d106det.onnx of insightface's packs;
+    empty: that of the mini world."""
     vgg: tuple[str, ...] = ()
     """VGG-16 and the weights of the package lpips, as .safetensors: the body term is then LPIPS, as
     the authors had it; empty: the maps of the VAE's decoder, which need no file."""

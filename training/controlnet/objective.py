@@ -1,4 +1,4 @@
-"""The loss of a step: the diffusion loss, and for t < T the distances of faces and bodies.
+"""The loss of a step: the diffusion loss, and for t < T what faces, bodies and landmarks say.
 
 L = E_t [ l1 * L_body + l2 * L_face + (1 - l1 - l2) * L_LDM ] for t < T, L_LDM above (Gupta, Hebbar
 and Mohta, 2023). With uniform t the terms would act on T / 1000 of the samples; here samples below
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from difflora_core.errors import BadConfig
+from difflora_core.mask_aware.landmarks import LandmarkNetwork
 from difflora_core.mask_aware.losses import (
     PRESETS,
     Preset,
@@ -22,10 +23,12 @@ from difflora_core.mask_aware.losses import (
     TermName,
     Weights,
     combine,
+    landmark_distance,
     masked_distance,
     mean_inside,
 )
 from difflora_core.mask_aware.networks import FaceNetwork
+from difflora_core.mask_aware.pairing import FlatFaces
 from difflora_core.mask_aware.perceptual import Lpips
 
 from ..base.noise import STEPS, NoiseSchedule
@@ -33,12 +36,12 @@ from ..base.painter import denoised
 from ..base.picture_decoder import Decoded, PictureDecoder
 from ..face_term import FaceTerm
 from .batches import PeopleBatch
-from .config import ObjectiveConfig
+from .config import ControlnetConfig, ObjectiveConfig
 
 AUTHORS = {"paper": "default", "second": "second", "logged": "logged", "script": "script"}
 """Variants that are settings of the authors, and their presets."""
 CHANGEABLE: Mapping[str, type] = {
-    "body": float, "face": float, "last": int, "share": float, "min_snr": float,
+    "body": float, "face": float, "landmark": float, "last": int, "share": float, "min_snr": float,
 }  # fmt: skip
 """Keys of the objective that the name of a variant can change."""
 
@@ -59,11 +62,13 @@ def draw_steps(
 
 @dataclass(frozen=True)
 class MaskAware:
-    """The terms of faces and bodies; for a baseline both weights are 0."""
+    """The terms of faces, bodies and landmarks; for a baseline all weights are 0."""
 
     objective: ObjectiveConfig
     decoder: PictureDecoder
     network: FaceNetwork
+    landmarks: LandmarkNetwork | None
+    """None where no objective has the landmark term."""
     lpips: Lpips | None
     """Measures bodies instead of the decoder's maps."""
     schedule: NoiseSchedule
@@ -78,7 +83,7 @@ class MaskAware:
 
     @property
     def weights(self) -> Weights:
-        return Weights(face=self.objective.face, body=self.objective.body)
+        return _weights(self.objective)
 
     def losses(
         self, batch: PeopleBatch, noisy: Tensor, predicted: Tensor, noise: Tensor, t: Tensor,
@@ -99,7 +104,7 @@ class MaskAware:
         self, batch: PeopleBatch, noisy: Tensor, predicted: Tensor, t: Tensor
     ) -> dict[TermName, Term]:
         """The terms [B] of the pictures with t < T; absent for the others."""
-        wanted = self.objective.face > 0 or self.objective.body > 0
+        wanted = sum(vars(self.weights).values()) > 0
         index = (t < self.objective.last).nonzero()[:, 0] if wanted else t[:0]
         if not len(index):
             return {}
@@ -110,18 +115,29 @@ class MaskAware:
 
     def compare(self, batch: PeopleBatch, x0: Tensor) -> dict[TermName, Term]:
         """Terms [B] of estimates x0 (scaled latents) against the batch's own pictures."""
-        faces = batch.faces()
-        if not self.objective.body:
+        faces, weights = batch.faces(), self.weights
+        if not weights.body and not weights.landmark:
             return {"face": self.faces.of_latents(x0, batch.latents, faces)}
         ours = self.decoder(x0)
         with torch.no_grad():
             theirs = self.decoder(batch.latents)
-        present = batch.masks.amax((1, 2, 3)) > 0
-        body = Term(self._bodies(ours, theirs, batch.masks), present)
-        terms: dict[TermName, Term] = {"body": body}
-        if self.objective.face:
+        terms: dict[TermName, Term] = {}
+        if weights.body:
+            present = batch.masks.amax((1, 2, 3)) > 0
+            terms["body"] = Term(self._bodies(ours, theirs, batch.masks), present)
+        if weights.face:
             terms["face"] = self.faces.of_pictures(ours.pictures, theirs.pictures, faces)
+        if weights.landmark:
+            terms["landmark"] = self._landmarks(ours.pictures, theirs.pictures, faces)
         return terms
+
+    def _landmarks(self, ours: Tensor, theirs: Tensor, faces: FlatFaces) -> Term:
+        """Where the network reads the points of both, so that its own errors cancel."""
+        assert self.landmarks is not None  # opened where an objective has this term
+        with torch.no_grad():
+            wanted = self.landmarks(theirs, faces)
+        widths = faces.widths.to(ours.device)
+        return faces.per_picture(landmark_distance(self.landmarks(ours, faces), wanted, widths))
 
     def _bodies(self, ours: Decoded, theirs: Decoded, masks: Tensor) -> Tensor:
         per_person = self.objective.per_person
@@ -130,13 +146,18 @@ class MaskAware:
         return mean_inside(self.lpips(ours.pictures, theirs.pictures), masks, per_person)
 
 
+def objectives_of(settings: ControlnetConfig) -> dict[str, ObjectiveConfig]:
+    """Variant -> its objective. Errors: BadConfig."""
+    return {name: objective_of(name, settings.objective) for name in settings.variants}
+
+
 def objective_of(variant: str, own: ObjectiveConfig) -> ObjectiveConfig:
     """The objective of a variant: a name, or changes "key=value key=value" of `own`.
 
     Errors: BadConfig.
     """
     if variant == "baseline":
-        return checked(replace(own, body=0.0, face=0.0))
+        return checked(replace(own, body=0.0, face=0.0, landmark=0.0))
     if variant in AUTHORS:
         return _authors(own, PRESETS[AUTHORS[variant]])
     if variant == "mask_aware":
@@ -157,7 +178,7 @@ def objective_of(variant: str, own: ObjectiveConfig) -> ObjectiveConfig:
 
 def checked(objective: ObjectiveConfig) -> ObjectiveConfig:
     """The same objective. Errors: BadConfig for impossible values."""
-    Weights(face=objective.face, body=objective.body)
+    _weights(objective)
     if not 0 <= objective.min_snr < float("inf"):
         raise BadConfig(
             f"controlnet.objective.min_snr is {objective.min_snr}; expected 0 for none, or more."
@@ -177,12 +198,17 @@ def _authors(own: ObjectiveConfig, preset: Preset) -> ObjectiveConfig:
         own,
         face=preset.weights.face,
         body=preset.weights.body,
+        landmark=preset.weights.landmark,
         last=preset.last_step,
         share=0.0,
         min_snr=0.0,
         per_person=False,
         embedding_weight=0.0,
     )
+
+
+def _weights(objective: ObjectiveConfig) -> Weights:
+    return Weights(objective.face, objective.body, objective.landmark)
 
 
 def _spread(term: Term, index: Tensor, count: int) -> Term:

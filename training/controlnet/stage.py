@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from difflora_core.errors import BadConfig
+from difflora_core.mask_aware.landmarks import open_landmark_network
 from difflora_core.mask_aware.networks import open_face_network
 from difflora_core.mask_aware.perceptual import open_lpips
 
@@ -22,11 +24,11 @@ from ..run_folder import RunFolder
 from .base_model import BaseModel, open_base
 from .batches import People
 from .checking import Checker, held_out
-from .config import ObjectiveConfig
+from .config import ControlnetConfig, ObjectiveConfig
 from .control import Control, new_control, predict_noise
 from .drawn_people import DrawnPeople
 from .export import export
-from .objective import MaskAware, draw_steps, objective_of
+from .objective import MaskAware, draw_steps, objectives_of
 from .people_stage import open_split
 from .read_people import ReadPeople
 
@@ -56,9 +58,10 @@ class Workshop:
 def run(config: Config, folder: RunFolder) -> None:
     """Train `controlnet.variants` from `controlnet.seeds` and export each. Errors: BadConfig."""
     settings = config.controlnet
-    objectives = {name: objective_of(name, settings.objective) for name in settings.variants}
+    objectives = objectives_of(settings)
     if not objectives or not settings.seeds:
         raise BadConfig("controlnet.variants and controlnet.seeds must not be empty.")
+    check_networks(settings, list(objectives.values()))
     workshop = Workshop.open(config)
     before = workshop.checker.figures(None)
     for seed in settings.seeds:
@@ -68,6 +71,17 @@ def run(config: Config, folder: RunFolder) -> None:
             figures = {"steps": steps, "base": before, "control": workshop.checker.figures(control)}
             export(config, name, control, figures)
             logger.info("%s: %s", name, figures)
+
+
+def check_networks(settings: ControlnetConfig, objectives: Sequence[ObjectiveConfig]) -> None:
+    """Errors: BadConfig where a network of the drawn world would look at photos."""
+    for term, key in (("face", "face_network"), ("landmark", "landmark_network")):
+        used = any(getattr(objective, term) > 0 for objective in objectives)
+        if settings.model and used and not getattr(settings, key):
+            raise BadConfig(
+                f"controlnet.{key} is empty, and the mini world's network does not know photos.",
+                hint=f"Give a file of insightface's packs, or set controlnet.objective.{term}=0.",
+            )
 
 
 def run_name(variant: str, seed: int) -> str:
@@ -119,10 +133,15 @@ def open_loss(config: Config, base: BaseModel) -> MaskAware:
     """The loss with its networks. Errors: MissingArtifact, BadWeightsFile."""
     settings = config.controlnet
     network = open_face_network(settings.face_network or artifact(config, "recogniser"))
+    landmarks = None
+    if any(objective.landmark for objective in objectives_of(settings).values()):
+        path = settings.landmark_network or artifact(config, "landmarks")
+        landmarks = open_landmark_network(path).to(base.device)
     return MaskAware(
         ObjectiveConfig(),
         PictureDecoder(base.vae),
         network.to(base.device),
+        landmarks,
         open_lpips(*settings.vgg).to(base.device) if settings.vgg else None,
         NoiseSchedule(base.device),
     )

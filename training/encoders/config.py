@@ -8,7 +8,7 @@ from ..run_config import OptimConfig
 
 NAMES = (
     "detector", "recogniser", "metric_recogniser", "image_encoder", "attribute_heads",
-    "self_supervised",
+    "self_supervised", "landmarks",
 )  # fmt: skip
 """Encoders, in the order in which they are trained."""
 
@@ -101,12 +101,22 @@ class SelfSupervisedTraining:
 
 
 @dataclass(frozen=True)
+class LandmarksTraining:
+    """The network of the landmark term: points of a face, read with gradients."""
+
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(steps=20000, lr=2e-3))
+    """Optimiser; steps is the most that minutes allows."""
+    batch: int = 384
+    """Faces per step."""
+
+
+@dataclass(frozen=True)
 class EncodersConfig:
     """The mini world's encoders."""
 
     only: tuple[str, ...] = NAMES
     """Which to train: detector, recogniser, metric_recogniser, image_encoder, attribute_heads,
-    self_supervised."""
+    self_supervised, landmarks."""
     minutes: float = 0.0
     """Time for each encoder: the number of steps is set from the measured speed, at most
     optim.steps; 0 = optim.steps."""
@@ -132,3 +142,5 @@ class EncodersConfig:
     """The checker of prompts."""
     self_supervised: SelfSupervisedTraining = field(default_factory=SelfSupervisedTraining)
     """The DINO-style features."""
+    landmarks: LandmarksTraining = field(default_factory=LandmarksTraining)
+    """The network of the landmark term."""

@@ -104,7 +104,7 @@ def place(examples: Examples, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor
     boxes = examples["boxes"] * to_pixels + offset.repeat(1, 1, 2)
     points = examples["landmarks"] * to_pixels[..., None] + offset[:, :, None]
     present = examples["present"] & _inside(boxes, side)
-    canvas, boxes, points = _mirror(canvas, boxes, points, torch.rand(count, device=device) < 0.5)
+    canvas, boxes, points = mirror(canvas, boxes, points, torch.rand(count, device=device) < 0.5)
     return damage(canvas), boxes, points, present
 
 
@@ -128,7 +128,7 @@ def _inside(boxes: Tensor, side: int) -> Tensor:
     return ((centre > 0) & (centre < side)).all(-1)
 
 
-def _mirror(
+def mirror(
     images: Tensor, boxes: Tensor, points: Tensor, which: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mirror some pictures; left and right landmarks change places."""

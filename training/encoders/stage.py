@@ -22,6 +22,7 @@ from .attributes import train_attribute_heads, train_self_supervised
 from .config import NAMES
 from .detector import measure_detector, train_detector
 from .image_encoder import train_image_encoder
+from .landmarks import measure_landmarks, train_landmarks
 from .recogniser import measure_recogniser, train_recogniser
 
 logger = logging.getLogger(__name__)
@@ -119,6 +120,12 @@ def _self_supervised(config: Config, folder: RunFolder) -> Figures:
     return {"parameters": float(sum(p.numel() for p in net.parameters()))}
 
 
+def _landmarks(config: Config, folder: RunFolder) -> Figures:
+    network = train_landmarks(config.encoders, config.run, folder)
+    network.save(artifacts_folder(config) / "landmarks.safetensors", overwrite=True)
+    return measure_landmarks(network, config.encoders.check_people, config.run)
+
+
 _TRAINERS: dict[str, Callable[[Config, RunFolder], Figures]] = {
     "detector": _detector,
     "recogniser": _recogniser,
@@ -126,4 +133,5 @@ _TRAINERS: dict[str, Callable[[Config, RunFolder], Figures]] = {
     "image_encoder": _image_encoder,
     "attribute_heads": _attribute_heads,
     "self_supervised": _self_supervised,
+    "landmarks": _landmarks,
 }
