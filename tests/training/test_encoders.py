@@ -8,15 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from difflora_core.config import from_dict
 from difflora_core.errors import BadConfig
 from difflora_core.image_encoder import ImageEncoder
+from difflora_core.mask_aware import open_landmark_network
 from difflora_core.recogniser import Recogniser
 from training.artifacts import artifacts_folder, read_manifest
 from training.config import Config
 from training.drawing import generator_for
-from training.encoders import attributes, damage, detector, recogniser
+from training.encoders import attributes, damage, detector, landmarks, recogniser
 from training.encoders.attributes_net import (
     PortraitNet,
     PortraitNetConfig,
@@ -181,6 +183,7 @@ def tiny_config(root: Path, *only: str) -> Config:
                                           "text_layers": 1, "embedding": 16},
                 "attribute_heads": small | {"widths": [4, 4, 4, 8]},
                 "self_supervised": small | {"widths": [4, 4, 4, 8]},
+                "landmarks": small,
             },
         },
     )  # fmt: skip
@@ -212,6 +215,26 @@ def test_stage_trains_every_encoder(tmp_path: Path) -> None:
     assert set(checker(torch.rand(1, 3, 128, 128))) == {*ATTRIBUTES, "identity"}
     features = PortraitNet.open(place / "self_supervised.safetensors")
     assert features.features(torch.rand(2, 3, 64, 64)).shape == (2, 24)
+    assert open_landmark_network(place / "landmarks.safetensors").points == 5
+    assert manifest["landmarks.safetensors"]["figures"]["error_of_width"] > 0
+
+
+def test_squares_of_training_keep_points_on_their_faces() -> None:
+    """White dots at the points of black pictures are where the square says they are."""
+    torch.manual_seed(0)
+    batch = landmarks.draw_examples(40, generator_for(0, 0), torch.device("cpu"))
+    pictures = torch.zeros(40, 1, 128, 128)
+    spots = batch["points"].round().long().clamp(0, 127)
+    rows = torch.arange(40)[:, None]
+    pictures[rows, 0, spots[..., 1], spots[..., 0]] = 1
+    batch |= {"images": pictures.expand(-1, 3, -1, -1), "points": spots.float()}
+    squares, points = landmarks.jittered(batch)
+    places = ((points + 1) * 56).round().long()
+    inside = ((places > 1) & (places < 110)).all(-1)
+    assert inside.float().mean() > 0.9
+    near = F.max_pool2d(squares[:, 0], 3, 1, 1)
+    places = places.clamp(0, 111)
+    assert (near[rows, places[..., 1], places[..., 0]][inside] > 0.05).all()
 
 
 def test_time_budget_is_measured_once(tmp_path: Path) -> None:
