@@ -14,7 +14,7 @@ from difflora_core.lora_space import LoraSpace
 from difflora_core.mini_world import open_part
 from tests.training.tiny_world import write_world
 from training.__main__ import open_run
-from training.artifacts import artifacts_folder
+from training.artifacts import artifacts_folder, read_manifest
 from training.base.config import UnetConfig
 from training.base.models import NOISE_SCHEDULE, alphas, open_vae
 from training.base.noise import NoiseSchedule
@@ -161,13 +161,15 @@ def test_training_writes_what_the_world_opens(config: Config, tmp_path: Path) ->
     few = [
         "base.vae.optim.steps=2", "base.vae.batch=4", "base.vae.chunk=8", "base.vae.pool=8",
         "base.unet.optim.steps=2", "base.unet.batch=2", "base.unet.pool=4", "run.log_every=1",
-        "base.vae.measured=4",
+        "base.vae.measured=4", "base.unet.measured=4",
     ]  # fmt: skip
     config = load_config(tmp_path / "tiny.toml", few)
     train_base(config, open_run(config, "train-base"))
     folder = artifacts_folder(config)
     vae, text = open_part("vae.safetensors", folder), open_part("text_encoder.safetensors", folder)
     assert vae.config["scaling_factor"] > 0
+    figures = read_manifest(folder)["unet.safetensors"]["figures"]
+    assert 0 < figures["epsilon"] < 3 and 0 < figures["epsilon_faces"] < 3
     assert text.tensors["embeddings.token_embedding.weight"].shape == (49408, 128)
     assert Painter.open(config).paint(["a person"], [0], steps=1).isfinite().all()
 

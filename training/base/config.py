@@ -95,6 +95,8 @@ class UnetConfig:
     compile: bool = False
     """Compile the network first: minutes of waiting and, on a CPU, a C++ compiler for about 1.7
     times the speed."""
+    measured: int = 512
+    """Held-out pictures of the figures."""
     start: Literal["fresh", "artifact"] = "fresh"
     """As for the VAE; text encoder included."""
     minutes: float = 0.0

@@ -59,14 +59,8 @@ def open_pool(config: Config, path: Path, device: torch.device) -> LatentPool:
     A file that was made from other settings or with another VAE is made anew.
     """
     settings, seed = config.base.unet, config.run.seed
-    origin = [
-        settings.pool,
-        settings.mention,
-        settings.looks,
-        seed,
-        sha256(artifact(config, "vae")),
-    ]
-    made_of = json.dumps(origin)
+    vae = sha256(artifact(config, "vae"))
+    made_of = json.dumps([settings.pool, settings.mention, settings.looks, seed, vae])
     if path.exists():
         tensors, header = read_safetensors(path)
         if header.get("made_of") == made_of:
@@ -77,10 +71,12 @@ def open_pool(config: Config, path: Path, device: torch.device) -> LatentPool:
     return pool
 
 
-def build_pool(vae: Vae, config: UnetConfig, seed: int, device: torch.device) -> LatentPool:
-    """Draw `config.pool` pictures of training people and encode them."""
+def build_pool(
+    vae: Vae, config: UnetConfig, seed: int, device: torch.device, split: str = "train"
+) -> LatentPool:
+    """Draw `config.pool` pictures of training people (or "test" ones) and encode them."""
     latents, prompts, faces = [], [], []
-    for scene, spoken in _scenes_with_prompts(config, seed):
+    for scene, spoken in _scenes_with_prompts(config, seed, split):
         drawn = render(scene.to(device))
         latents.append(encode_images(vae, drawn.images).half())
         prompts.append(spoken.result().short() if isinstance(spoken, Future) else spoken.short())
@@ -105,19 +101,19 @@ def decode_latents(vae: Vae, latents: Tensor) -> Tensor:
 
 
 def _scenes_with_prompts(
-    config: UnetConfig, seed: int
+    config: UnetConfig, seed: int, split: str
 ) -> Iterator[tuple[Scene, Future[Tensor] | Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     sizes = [min(CHUNK, config.pool - i) for i in range(0, config.pool, CHUNK)]
     if config.pool < _PARALLEL_FROM:
         for i, size in enumerate(sizes):
-            scene = sample_scenes(size, generator, people="mixed")
+            scene = sample_scenes(size, generator, people="mixed", split=split)
             yield scene, _speak(scene, config.mention, config.looks, seed + i)
         return
     # spawn: a process that has touched a GPU must not fork
     context, count = get_context("spawn"), max(1, (os.cpu_count() or 2) - 2)
     with ProcessPoolExecutor(count, context) as workers:
-        scenes = [sample_scenes(size, generator, people="mixed") for size in sizes]
+        scenes = [sample_scenes(n, generator, people="mixed", split=split) for n in sizes]
         spoken = [
             workers.submit(_speak, scene, config.mention, config.looks, seed + i)
             for i, scene in enumerate(scenes)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -11,17 +13,23 @@ from ..config import Config
 from ..run_folder import RunFolder
 from .config import UnetConfig
 from .models import (
+    TextModel,
+    Unet,
     build_compact_text,
     build_unet,
     open_text,
     open_unet,
+    open_vae,
     text_config,
     text_tensors,
     unet_config,
 )
-from .noise import NoiseSchedule
-from .pool import open_pool
+from .noise import STEPS, NoiseSchedule
+from .pool import build_pool, open_pool
 from .tokens import UNKNOWN, rows
+
+_MEASURED_SEED = 99
+_MEASURED_TOGETHER = 32
 
 
 def train_unet(config: Config, folder: RunFolder) -> None:
@@ -57,10 +65,12 @@ def train_unet(config: Config, folder: RunFolder) -> None:
         batch=base.unet.batch,
         minutes=base.unet.minutes,
     )
-    figures = {"pictures": len(pool), "steps": trainer.step}
+    unet.load_state_dict(trainer.averaged("unet"))
+    text.load_state_dict(trainer.averaged("text"))
+    figures = {"pictures": len(pool), "steps": trainer.step} | measure_unet(config, unet, text)
     built_from = unet_config(base.unet, base.text)
-    save_artifact(config, "unet", trainer.averaged("unet"), built_from, figures)
-    words = text_tensors(trainer.averaged("text"))
+    save_artifact(config, "unet", unet.state_dict(), built_from, figures)
+    words = text_tensors(text.state_dict())
     save_artifact(config, "text_encoder", words, text_config(base.text), figures)
 
 
@@ -76,6 +86,30 @@ def unet_losses(
     loss = (error * weight * by_time[:, None, None]).mean() / weight.mean()
     inside = (error * faces).sum() / faces.sum().clamp(min=1)
     return {"loss": loss, "epsilon": error.mean(), "epsilon_faces": inside}
+
+
+@torch.no_grad()
+def measure_unet(config: Config, unet: Unet, text: TextModel) -> dict[str, float]:
+    """Mean epsilon error on held-out people, everywhere and in faces.
+
+    Pictures, timesteps and noise follow from a seed of their own, so that any two models that
+    share a VAE can be compared.
+    """
+    device, settings = config.run.torch_device(), config.base.unet
+    few = replace(settings, pool=settings.measured)
+    held = build_pool(open_vae(config).to(device), few, _MEASURED_SEED, device, split="test")
+    generator, schedule = torch.Generator().manual_seed(_MEASURED_SEED), NoiseSchedule(device)
+    noise = torch.randn(held.latents.shape, generator=generator).to(device)
+    t = torch.randint(STEPS, (len(held),), generator=generator).to(device)
+    errors = []
+    for rows_of in torch.arange(len(held), device=device).split(_MEASURED_TOGETHER):
+        noisy = schedule.add_noise(held.latents[rows_of].float(), noise[rows_of], t[rows_of])
+        context = text(held.prompts[rows_of].long()).last_hidden_state
+        predicted = unet(noisy, t[rows_of], context).sample
+        errors.append((predicted - noise[rows_of]).square().mean(1))
+    error, faces = torch.cat(errors), held.faces.float()
+    inside = (error * faces).sum() / faces.sum()
+    return {"epsilon": error.mean().item(), "epsilon_faces": inside.item()}
 
 
 def drop_words(prompts: Tensor, empty: Tensor, config: UnetConfig) -> Tensor:
