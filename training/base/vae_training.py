@@ -44,7 +44,6 @@ def train_vae(config: Config, folder: RunFolder) -> None:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
     critic = Critic().to(device)
-    critic.to(memory_format=torch.channels_last)
     pool = Pool(lambda k: _draw(config, k), settings.pool, settings.reuse)
 
     def step(i: int) -> dict[str, Tensor]:
