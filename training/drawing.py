@@ -41,6 +41,13 @@ def pictures_of(
     return render_in_parts(scenes)
 
 
+def somebody(drawn: Portraits) -> tuple[Tensor, Tensor]:
+    """One of the people of each picture: rows [N] and people [N], an index into [N, P, ...]."""
+    device = drawn.present.device
+    who = torch.where(drawn.present, torch.rand(drawn.present.shape, device=device), -1.0)
+    return torch.arange(len(who), device=device), who.argmax(1)
+
+
 def render_in_parts(scenes: Scene, size: int = 128, part: int = 512) -> Portraits:
     """As `render`, some pictures at a time, to bound the memory on a GPU."""
     done = [render(scenes[i : i + part], size) for i in range(0, len(scenes), part)]

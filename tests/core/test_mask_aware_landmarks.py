@@ -1,4 +1,4 @@
-"""Landmark networks against InsightFace's own class, on drawn faces, and with broken files."""
+"""Landmark networks against InsightFace's own class, their gradients, and broken files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from difflora_core.mini_world import MINI_FOLDER
 from tests.core.face_networks import write
 
 MINI = MINI_FOLDER / "landmarks.safetensors"
-BOXES = torch.tensor([[30.0, 40, 110, 130], [5, -4, 60, 52], [90, 70, 190, 160]])
+BOXES = torch.tensor([[30.0, 40, 110, 168], [4, -4, 60, 124], [90, 70, 190, 160]])
+"""Around the first two a square is cut out pixel by pixel; the last one is resampled."""
 
 
 def network_file(path: Path, points: int, first: list[Any] | None = None, **weights: Any) -> Path:
@@ -69,8 +70,9 @@ def test_points_are_those_of_insightface(tmp_path: Path, make: Any) -> None:
     tensors = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
     found = open_landmark_network(path)(tensors, faces)
     assert found.shape == (3, 106, 2)
-    # OpenCV rounds colours to bytes, which such a network takes for up to a tenth of a pixel
-    assert (found - torch.from_numpy(np.stack(expected))).abs().max() < 0.2
+    away = (found - torch.from_numpy(np.stack(expected))).abs().amax((1, 2))
+    assert away[:2].max() < 1e-3
+    assert away[2] < 0.2, "where pixels are mixed, OpenCV rounds the colours to bytes"
     assert (open_landmark_network(path)(tensors.flip(1), faces) - found).abs().max() > 5
 
 

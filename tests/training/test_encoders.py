@@ -14,6 +14,7 @@ from difflora_core.config import from_dict
 from difflora_core.errors import BadConfig
 from difflora_core.image_encoder import ImageEncoder
 from difflora_core.mask_aware import open_landmark_network
+from difflora_core.mini_world import MINI_FOLDER
 from difflora_core.recogniser import Recogniser
 from training.artifacts import artifacts_folder, read_manifest
 from training.config import Config
@@ -31,6 +32,7 @@ from training.encoders.image_encoder import own_name
 from training.encoders.stage import run
 from training.example_pool import Pool
 from training.portraits import ATTRIBUTES
+from training.run_config import RunConfig
 from training.run_folder import RunFolder
 
 CPU = torch.device("cpu")
@@ -217,6 +219,12 @@ def test_stage_trains_every_encoder(tmp_path: Path) -> None:
     assert features.features(torch.rand(2, 3, 64, 64)).shape == (2, 24)
     assert open_landmark_network(place / "landmarks.safetensors").points == 5
     assert manifest["landmarks.safetensors"]["figures"]["error_of_width"] > 0
+
+
+def test_the_shipped_network_reads_points_of_strangers() -> None:
+    network = Recogniser.open(MINI_FOLDER / "landmarks.safetensors")
+    run_config = RunConfig(seed=5, device="cpu")
+    assert landmarks.measure_landmarks(network, 40, run_config)["error_of_width"] < 0.05
 
 
 def test_squares_of_training_keep_points_on_their_faces() -> None:

@@ -43,7 +43,8 @@ def train_vae(config: Config, folder: RunFolder) -> None:
         _check_start(settings)
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
-    critic = Critic().to(device)
+    # made only where it is used: its first weights take from the random numbers of the rest
+    critic = Critic().to(device) if settings.critic_weight else None
     pool = Pool(lambda k: _draw(config, k), settings.pool, settings.reuse)
 
     def step(i: int) -> dict[str, Tensor]:
@@ -54,13 +55,13 @@ def train_vae(config: Config, folder: RunFolder) -> None:
         posterior = vae.encode(target).latent_dist
         painted = vae.decode(posterior.sample()).sample.float()
         losses = vae_losses(painted - target, posterior, batch["faces"], settings)
-        if settings.critic_weight:
+        if critic is not None:
             weight = settings.critic_weight * (i >= _CRITIC_ALONE)
             losses |= critic_losses(critic, target, painted, losses["loss"], vae, weight)
         return losses
 
     trainer = train(
-        {"vae": vae, "critic": critic} if settings.critic_weight else {"vae": vae},
+        {"vae": vae} if critic is None else {"vae": vae, "critic": critic},
         settings.optim,
         config.run,
         folder.part("vae"),

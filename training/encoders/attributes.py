@@ -12,13 +12,14 @@ from difflora_core.face_crop import warp
 
 from ..budget import train
 from ..drawing import generator_for, people_scenes, render_in_parts
-from ..example_pool import Examples, Pool, as_bytes
+from ..example_pool import Examples, as_bytes
 from ..portraits import ATTRIBUTES, sample_scenes
 from ..run_config import RunConfig
 from ..run_folder import RunFolder
 from .attributes_net import SIDE, PortraitNet, PortraitNetConfig, checker_outputs
 from .config import EncodersConfig
 from .damage import damage
+from .drawn_pool import drawn_pool
 
 #: weight of the regression of the identity factors beside the attributes' cross-entropies
 IDENTITY_WEIGHT = 20.0
@@ -29,10 +30,7 @@ def train_attribute_heads(config: EncodersConfig, run: RunConfig, folder: RunFol
     settings, device = config.attribute_heads, run.torch_device()
     torch.manual_seed(run.seed)
     net = PortraitNet(PortraitNetConfig(settings.widths, checker_outputs())).to(device)
-    pool = Pool(
-        lambda k: draw_examples(config.chunk, generator_for(run.seed, k), device),
-        config.pool, config.reuse,
-    )  # fmt: skip
+    pool = drawn_pool(draw_examples, config, run)
 
     def step(i: int) -> dict[str, Tensor]:
         batch = pool.draw(settings.batch)
@@ -103,10 +101,7 @@ def train_self_supervised(config: EncodersConfig, run: RunConfig, folder: RunFol
     net = PortraitNet(PortraitNetConfig(settings.widths)).to(device)
     width = 3 * settings.widths[-1]
     projector = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 96)).to(device)
-    pool = Pool(
-        lambda k: draw_examples(config.chunk, generator_for(run.seed, k), device),
-        config.pool, config.reuse,
-    )  # fmt: skip
+    pool = drawn_pool(draw_examples, config, run)
 
     def step(i: int) -> dict[str, Tensor]:
         images = pool.draw(settings.batch)["images"]

@@ -20,13 +20,14 @@ from difflora_core.image_encoder import (
 
 from ..budget import train
 from ..drawing import generator_for, render_in_parts
-from ..example_pool import Examples, Pool, as_bytes
+from ..example_pool import Examples, as_bytes
 from ..portraits import describe, sample_scenes
 from ..run_config import RunConfig
 from ..run_folder import RunFolder
 from .attributes import move
 from .config import EncodersConfig, ImageEncoderTraining
 from .damage import damage
+from .drawn_pool import drawn_pool
 
 _HALF = (0.5, 0.5, 0.5)
 #: scenes whose prompts are read to learn which tokens the drawn world uses
@@ -55,10 +56,7 @@ def train_image_encoder(config: EncodersConfig, run: RunConfig, folder: RunFolde
     encoder = ImageEncoder.create(model_config(settings)).to(device)
     encoder.visual.output_tokens = False
     known = known_tokens(run.seed)
-    pool = Pool(
-        lambda k: draw_examples(config.chunk, generator_for(run.seed, k), device),
-        config.pool, config.reuse,
-    )  # fmt: skip
+    pool = drawn_pool(draw_examples, config, run)
 
     def step(i: int) -> dict[str, Tensor]:
         batch = pool.draw(settings.batch)

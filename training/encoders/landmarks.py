@@ -12,14 +12,15 @@ from difflora_core.mask_aware.pairing import FlatFaces
 from difflora_core.recogniser import IResNetConfig, Recogniser, RecogniserConfig
 
 from ..budget import train
-from ..drawing import generator_for, people_scenes, render_in_parts
-from ..example_pool import Examples, Pool, as_bytes
+from ..drawing import generator_for, people_scenes, render_in_parts, somebody
+from ..example_pool import Examples, as_bytes
 from ..portraits import render, sample_scenes
 from ..run_config import RunConfig
 from ..run_folder import RunFolder
 from .config import EncodersConfig
 from .damage import damage
 from .detector import mirror
+from .drawn_pool import drawn_pool
 
 POINTS = 5
 #: how much boxes of training differ from true ones: a detector's do, too
@@ -32,10 +33,7 @@ def train_landmarks(config: EncodersConfig, run: RunConfig, folder: RunFolder) -
     torch.manual_seed(run.seed)
     form = RecogniserConfig(IResNetConfig(embedding=2 * POINTS), name="mini landmarks")
     network = Recogniser(form).to(device)
-    pool = Pool(
-        lambda k: draw_examples(config.chunk, generator_for(run.seed, k), device),
-        config.pool, config.reuse,
-    )  # fmt: skip
+    pool = drawn_pool(draw_examples, config, run)
 
     def step(i: int) -> dict[str, Tensor]:
         batch = pool.draw(settings.batch)
@@ -55,12 +53,11 @@ def train_landmarks(config: EncodersConfig, run: RunConfig, folder: RunFolder) -
 def draw_examples(count: int, generator: torch.Generator, device: torch.device) -> Examples:
     """Pictures of one to three people, and the box and points of one of them."""
     drawn = render(sample_scenes(count, generator, people="mixed", device=device))
-    who = torch.where(drawn.present, torch.rand(drawn.present.shape, device=device), -1.0).argmax(1)
-    rows = torch.arange(count, device=device)
+    one = somebody(drawn)
     return {
         "images": as_bytes(drawn.images),
-        "boxes": drawn.boxes[rows, who],
-        "points": drawn.landmarks[rows, who],
+        "boxes": drawn.boxes[one],
+        "points": drawn.landmarks[one],
     }
 
 

@@ -15,7 +15,7 @@ from difflora_core.likeness import Calibration, fit_calibration
 from difflora_core.recogniser import ConvNeXtConfig, IResNetConfig, Recogniser, RecogniserConfig
 
 from ..budget import train
-from ..drawing import generator_for, people_scenes, pictures_of
+from ..drawing import generator_for, people_scenes, pictures_of, somebody
 from ..example_pool import Examples, Pool, as_bytes
 from ..portraits import FACTORS, Portraits, render
 from ..run_config import RunConfig
@@ -105,15 +105,12 @@ def draw_examples(
     """Aligned crops with some room around them: images, person (seed), factors."""
     scene, seeds = people_scenes(count, generator, device, people="mixed", population=population)
     drawn = render(scene, DRAWN_SIZES[chunk % len(DRAWN_SIZES)])
-    # one person per picture, any of those present
-    which = torch.where(drawn.present, torch.rand(drawn.present.shape, device=device), -1.0)
-    which = which.argmax(1)
-    rows = torch.arange(count, device=device)
-    crops = roomy_crops(drawn.images, drawn.landmarks[rows, which])
+    one = somebody(drawn)
+    crops = roomy_crops(drawn.images, drawn.landmarks[one])
     return {
         "images": as_bytes(crops),
-        "person": seeds.to(device)[rows, which],
-        "factors": drawn.identity[rows, which],
+        "person": seeds.to(device)[one],
+        "factors": drawn.identity[one],
     }
 
 
