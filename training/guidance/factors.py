@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
+from difflora_core.face_crop import align
 from training.drawing import generator_for, people_scenes, render_in_parts
 from training.evaluation.judges import Judges
 
@@ -21,6 +22,8 @@ RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 """Tried on held-out portraits, in units of the mean squared input."""
 HELD_OUT = 4
 """One portrait in so many chooses the ridge and measures what can be read."""
+CLOSE = 128
+"""Side of a face when it is looked at from close, in pixels: as large as a whole portrait."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,9 @@ class FactorReader:
         drawn = render_in_parts(scenes)
         inputs, truth = _features(judges, drawn.images), drawn.identity[:, 0].double().cpu()
         held = torch.arange(pictures) % HELD_OUT == 0
-        mean, deviation = inputs[~held].mean(0), inputs[~held].std(0).clamp(min=1e-6)
-        x, middle = (inputs - mean) / deviation, truth[~held].mean(0)
+        mean = inputs[~held].nanmean(0)
+        deviation = (inputs[~held] - mean).square().nanmean(0).sqrt().clamp(min=1e-6)
+        x, middle = _scaled(inputs, mean, deviation), truth[~held].mean(0)
         fits = [_ridge(x[~held], truth[~held] - middle, ridge) for ridge in RIDGES]
         spread = (truth[held] - middle).square().mean(0)
         scores = [1 - (truth[held] - middle - x[held] @ w).square().mean(0) / spread for w in fits]
@@ -54,7 +58,7 @@ class FactorReader:
 
     def read(self, pictures: Tensor) -> Tensor:
         """Pictures [N, 3, H, W] -> factors above the mean, [N, F]."""
-        return (_features(self.judges, pictures) - self.mean) / self.deviation @ self.weights
+        return _scaled(_features(self.judges, pictures), self.mean, self.deviation) @ self.weights
 
     def likeness(self, pictures: Tensor, identity: Tensor) -> Tensor:
         """Cosine of the factors read off pictures [P, Q, 3, H, W] and the true ones [P, F]: [P, Q].
@@ -69,8 +73,21 @@ class FactorReader:
 
 
 def _features(judges: Judges, pictures: Tensor) -> Tensor:
-    looks = judges.look_past_faces(pictures)
-    return torch.cat([looks.attributes, looks.self_supervised, looks.clip], -1).double()
+    """What the networks see in pictures and, from close, in the face of each: [N, D].
+
+    Eyes, nose and mouth of a whole portrait are too small for them. NaN where no face is found.
+    """
+    landmarks, found = judges.find_faces(pictures)
+    whole = judges.look_past_faces(pictures)
+    close = judges.look_past_faces(align(pictures.cpu(), landmarks, CLOSE))
+    face = torch.cat([close.attributes, close.self_supervised], -1)
+    face = torch.where(found[:, None], face, float("nan"))
+    return torch.cat([whole.attributes, whole.self_supervised, whole.clip, face], -1).double()
+
+
+def _scaled(inputs: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+    """In standard deviations; what was not seen counts as average."""
+    return ((inputs - mean) / deviation).nan_to_num()
 
 
 def _ridge(inputs: Tensor, targets: Tensor, ridge: float) -> Tensor:

@@ -29,6 +29,7 @@ from training.evaluation.sheet import save_sheet
 from training.evaluation.stage import sheet_prompt
 from training.evaluation.summary import Figure, summarise
 from training.evaluation.table import Rows, markdown, results
+from training.portraits import FACTORS
 from training.run_folder import RunFolder, device_name
 
 from .factors import FactorReader
@@ -60,6 +61,8 @@ class Gauge:
     guide_references: Tensor
     """[P, R, D] of the guiding network."""
     scales: Scales
+    real_factors: float
+    """`factor_sim` of drawn pictures of the people themselves, the most that can be reached."""
 
 
 def run(config: Config, folder: RunFolder) -> None:
@@ -111,7 +114,8 @@ def open_gauge(studio: Studio) -> Gauge:
     own = _embed(studio, pictures, points).unflatten(0, (people, -1))
     metric = yardstick.references.face.unflatten(0, (people, -1))
     factors = FactorReader.fit(bench.judges, settings.factor_pictures, settings.seed)
-    return Gauge(yardstick, factors, own, Scales(common(metric), common(own)))
+    real = factors.likeness(bench.trial.references, bench.trial.identity).mean()
+    return Gauge(yardstick, factors, own, Scales(common(metric), common(own)), float(real))
 
 
 def common(embeddings: Tensor) -> float:
@@ -196,7 +200,8 @@ def protocol(config: Config, gauge: Gauge, prompts: Sequence[str]) -> dict[str, 
         "reference": "one photo per person; measured against other pictures of the person",
         "cosines": "raw",
         "common": asdict(gauge.scales),
-        "factor_r2": float(gauge.factors.trust.mean()),
+        "factor_r2": dict(zip(FACTORS, gauge.factors.trust.tolist(), strict=True)),
+        "factor_sim_of_real": gauge.real_factors,
         "ci95": "percentile bootstrap over people",
         "device": device_name(config.run.torch_device()),
         "torch": torch.__version__,
