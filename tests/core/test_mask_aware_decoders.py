@@ -109,7 +109,9 @@ def test_whole_vae_decodes_as_it_does_itself() -> None:
     decoder = ModuleDecoder(vae, lambda z: z / 0.5, upscale=2)
     with torch.no_grad():
         wanted = vae.decode(latents / 0.5).sample / 2 + 0.5
-    assert torch.equal(decoder(latents), wanted) and isinstance(decoder, Decoder)
+    # not bit for bit: some kernels depend on where in memory weights lie
+    torch.testing.assert_close(decoder(latents), wanted)
+    assert isinstance(decoder, Decoder)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
@@ -134,7 +136,7 @@ def test_gradient_of_a_clone_is_the_modules() -> None:
     (wanted,) = torch.autograd.grad(vae.decode(leaf).sample.square().sum(), leaf)
     frozen = frozen_clone(vae, "decode")
     (found,) = torch.autograd.grad(frozen(leaf).sample.square().sum(), leaf)
-    assert torch.equal(found, wanted)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     assert frozen.bytes == 4 * sum(p.numel() for p in vae.parameters())
 
 

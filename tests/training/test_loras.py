@@ -44,7 +44,8 @@ def test_a_person_gets_the_same_lora_in_any_group(config: Config) -> None:
     alone = [space.pack(train_loras(painter, space, SHORT, [seed])[0]) for seed in (5, 9)]
     together = [space.pack(lora) for lora in train_loras(painter, space, SHORT, [5, 9])]
     for one, other in zip(alone, together, strict=True):
-        assert one.norm() > 0 and torch.allclose(one, other, atol=1e-5)
+        # sums of other lengths round differently, and Adam makes much of small gradients
+        assert one.norm() > 0 and (one - other).norm() < 1e-3 * one.norm()
     assert torch.cosine_similarity(alone[0], alone[1], dim=0) < 0.99
 
 
