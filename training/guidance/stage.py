@@ -62,7 +62,7 @@ class Gauge:
     """[P, R, D] of the guiding network."""
     scales: Scales
     real_factors: float
-    """`factor_sim` of drawn pictures of the people themselves, the most that can be reached."""
+    """`factor_sim` of drawn pictures of the people themselves, the yardstick of the others."""
 
 
 def run(config: Config, folder: RunFolder) -> None:
