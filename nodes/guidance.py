@@ -136,9 +136,9 @@ def window_inputs() -> list[io.Input]:
             "window",
             options=[*WINDOWS, CUSTOM],
             default="identity",
-            tooltip="When to guide. identity: the middle of the run, where the face takes shape. "
-            "detail: its end. paper: the last steps, t < 100, as published. custom: from start to "
-            "end, below.",
+            tooltip="When to guide. identity: while the face takes shape, all but the run's start "
+            "and end. detail: its end. paper: the last steps, t < 100, as published. custom: from "
+            "start to end, below.",
         ),
         advanced(
             io.Float.Input(

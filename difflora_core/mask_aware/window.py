@@ -110,7 +110,7 @@ def _sigmas() -> list[float]:
 
 
 WINDOWS: dict[str, SigmaWindow] = {
-    "identity": SigmaWindow(5.0, 0.4),
+    "identity": SigmaWindow(10.0, 0.4),
     "detail": SigmaWindow(0.57),
     "paper": window_below(PAPER_T),
 }

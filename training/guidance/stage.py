@@ -38,8 +38,8 @@ from .painting import Painted, Studio, paint, rows
 logger = logging.getLogger(__name__)
 
 COLUMNS = (
-    "face_sim", "gain", "guide_sim", "guide_gain", "gap", "factor_sim", "prompt_accuracy",
-    "accuracy_change", "clip_t", "dino", "fid", "diversity", "seconds",
+    "face_sim", "gain", "guide_sim", "guide_gain", "gap", "factor_sim", "factor_gain",
+    "prompt_accuracy", "accuracy_change", "clip_t", "dino", "fid", "diversity", "seconds",
 )  # fmt: skip
 """Measures in the order of the table."""
 
@@ -86,7 +86,7 @@ def run(config: Config, folder: RunFolder) -> None:
         painted = paint(studio, row)
         add_row(so_far, row.name, painted, gauge, studio)
         figures = so_far.rows[row.name]
-        words = [f"{name} {figures[name]['mean']:.3f}" for name in COLUMNS[:8]]
+        words = [f"{name} {figures[name]['mean']:.3f}" for name in COLUMNS[:9]]
         logger.info("%s: %s (%.0f s)", row.name, ", ".join(words), time.monotonic() - begin)
         write(config, folder, gauge, studio, so_far)
     logger.info("\n%s", markdown(so_far.rows, COLUMNS))
@@ -154,6 +154,7 @@ def comparison(
         "gain": gain,
         "guide_gain": guide_gain,
         "gap": guide_gain / scales.guide - gain / scales.metric,
+        "factor_gain": values["factor_sim"] - before["factor_sim"],
         "accuracy_change": values["prompt_accuracy"] - before["prompt_accuracy"],
     }
 
