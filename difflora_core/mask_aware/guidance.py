@@ -31,7 +31,7 @@ LASTING = 0.3
 """Share of a step that is assumed to last at the first one."""
 FALLBACK, FALLBACK_POWER = 0.19, 0.75
 """Without classifier-free guidance a step is FALLBACK sigma^FALLBACK_POWER times the spread of the
-estimate: what scale 3 does in the mini world, within a tenth from sigma 4 down to 0.5."""
+estimate: what scale 2 does in the mini world, within a quarter from sigma 10 down to 0.4."""
 
 
 class Faces(Protocol):
