@@ -132,7 +132,7 @@ def test_features_and_a_mask_need_no_detector(host: Host) -> None:
     assert faces(values) == [1] * 4
 
 
-@pytest.mark.parametrize(("window", "count"), [("identity", 3), ("detail", 1), ("paper", 1)])
+@pytest.mark.parametrize(("window", "count"), [("identity", 4), ("detail", 1), ("paper", 1)])
 def test_windows_warn_when_hardly_any_step_lies_in_them(
     host: Host, window: str, count: int
 ) -> None:

@@ -67,7 +67,7 @@ def test_guidance_makes_the_same_seed_resemble_the_person(host: Host, shipped_wo
     values = host.run(keep(prompt, base=base, ours=ours, **names))
     assert mean_percent(values["ours"]) > mean_percent(values["base"]) + 10
     assert values["curve"].std() > 0.01 and values["faces"].std() > 0.1
-    assert "13 guided steps, from sigma 4.86 to 0.47" in values["text"]
+    assert "15 guided steps, from sigma 8.08 to 0.47" in values["text"]
     saved = {path.name for path in (host.base / "output" / "difflora").glob("guided*.png")}
     assert len(saved) >= 4
 
