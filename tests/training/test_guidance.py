@@ -89,15 +89,18 @@ def test_windows_are_read() -> None:
 
 
 def test_gap_counts_in_what_two_real_pictures_share() -> None:
-    before = {name: torch.zeros(1, 1) for name in ("face_sim", "guide_sim", "prompt_accuracy")}
+    names = ("face_sim", "guide_sim", "factor_sim", "prompt_accuracy")
+    before = {name: torch.full((1, 1), 0.1 * (name == "factor_sim")) for name in names}
     after = {
         "face_sim": torch.tensor([[0.2]]),
         "guide_sim": torch.tensor([[0.4]]),
+        "factor_sim": torch.tensor([[0.35]]),
         "prompt_accuracy": torch.tensor([[-0.03]]),
     }
     changed = comparison(after, before, Scales(metric=0.5, guide=0.8))
     assert float(changed["gap"]) == pytest.approx(0.4 / 0.8 - 0.2 / 0.5)
     assert float(changed["gain"]) == pytest.approx(0.2)
+    assert float(changed["factor_gain"]) == pytest.approx(0.25)
     assert float(changed["accuracy_change"]) == pytest.approx(-0.03)
     same = torch.nn.functional.normalize(torch.randn(3, 1, 5), dim=-1).expand(3, 4, 5)
     assert common(same) == pytest.approx(1.0)
