@@ -89,8 +89,8 @@ def test_windows_are_read() -> None:
 
 
 def test_gap_counts_in_what_two_real_pictures_share() -> None:
-    names = ("face_sim", "guide_sim", "factor_sim", "prompt_accuracy")
-    before = {name: torch.full((1, 1), 0.1 * (name == "factor_sim")) for name in names}
+    before = {name: torch.zeros(1, 1) for name in ("face_sim", "guide_sim", "prompt_accuracy")}
+    before["factor_sim"] = torch.tensor([[0.1]])
     after = {
         "face_sim": torch.tensor([[0.2]]),
         "guide_sim": torch.tensor([[0.4]]),

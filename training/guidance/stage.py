@@ -86,7 +86,8 @@ def run(config: Config, folder: RunFolder) -> None:
         painted = paint(studio, row)
         add_row(so_far, row.name, painted, gauge, studio)
         figures = so_far.rows[row.name]
-        words = [f"{name} {figures[name]['mean']:.3f}" for name in COLUMNS[:9]]
+        shown = COLUMNS[: COLUMNS.index("clip_t")]
+        words = [f"{name} {figures[name]['mean']:.3f}" for name in shown]
         logger.info("%s: %s (%.0f s)", row.name, ", ".join(words), time.monotonic() - begin)
         write(config, folder, gauge, studio, so_far)
     logger.info("\n%s", markdown(so_far.rows, COLUMNS))
