@@ -18,6 +18,7 @@ from pathlib import Path
 
 from difflora_core.errors import BadConfig, DiffLoRAError
 
+from . import parallel
 from .config import Config, differences, load_config, to_toml
 from .loop import Interrupted
 from .run_folder import RunFolder
@@ -43,12 +44,16 @@ STAGES: dict[str, str] = {
 }
 """Stage name -> "module:function"; each is `function(config: Config, folder: RunFolder)`."""
 
+PARALLEL = ["train-base"]
+"""Stages that torchrun may start in several processes."""
+
 Stage = Callable[[Config, RunFolder], None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one stage. Exit code 0, 2 (the user's input), or 130 (stopped; can be resumed)."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    level = logging.INFO if parallel.rank() == 0 else logging.ERROR
+    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     options = _parser().parse_intermixed_args(arguments)
     try:
         _run(options)
@@ -61,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         logger.error("error: %s", refused_by_system(error))
         return 2
+    finally:
+        parallel.leave()
     return 0
 
 
@@ -73,7 +80,10 @@ def _run(options: argparse.Namespace) -> None:
         sys.stdout.write(to_toml(config))
         return
     stage = find_stage(options.stage)
-    folder = open_run(config, options.stage)
+    if parallel.count() > 1 and options.stage not in PARALLEL:
+        raise BadConfig(f"{options.stage} runs in one process; start it without torchrun.")
+    with parallel.first_one_first():
+        folder = open_run(config, options.stage)
     stage(config, folder)
 
 

@@ -24,6 +24,7 @@ import difflora_core
 from difflora_core.errors import BadWeightsFile, DiffLoRAError
 from difflora_core.weights_file import read_safetensors, write_safetensors
 
+from . import parallel
 from .config import Config
 from .run_folder import RunFolder, device_name, write_whole
 
@@ -164,7 +165,9 @@ def sha256(path: Path) -> str:
 
 def command_line() -> str:
     """The running command, with absolute paths cut to their last part."""
-    return " ".join(["python -m training", *map(_without_folders, sys.argv[1:])])
+    together = parallel.count()
+    start = f"torchrun --nproc-per-node {together}" if together > 1 else "python"
+    return " ".join([start, "-m training", *map(_without_folders, sys.argv[1:])])
 
 
 def _without_folders(word: str) -> str:

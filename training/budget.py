@@ -10,6 +10,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from difflora_core.errors import BadConfig
+
+from . import parallel
 from .loop import Step, Trainer
 from .run_config import OptimConfig, RunConfig
 from .run_folder import RunFolder
@@ -31,7 +34,15 @@ def train(
     batch: int,
     minutes: float = 0.0,
 ) -> Trainer:
-    """Train to the last step or until the time is up; returns the trainer with its weights."""
+    """Train to the last step or until the time is up; returns the trainer with its weights.
+
+    Errors: BadConfig for a time in minutes where several processes train together.
+    """
+    if minutes > 0 and parallel.count() > 1:
+        raise BadConfig(
+            f"minutes={minutes:g} plans by one process's clock, but {parallel.count()} train.",
+            hint="Set minutes=0 and optim.steps, and run.max_minutes if time is short.",
+        )
     if minutes > 0:
         planned = _planned_steps(modules, folder, step, minutes)
         optim = replace(optim, steps=min(optim.steps, planned))

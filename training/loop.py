@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from difflora_core.errors import DiffLoRAError
 
+from . import parallel
 from .optimizer import build_optimizers
 from .run_config import OptimConfig, RunConfig
 from .run_folder import Checkpoint, RunFolder
@@ -53,7 +54,7 @@ class Trainer:
     ) -> None:
         """`modules`: every module that trains, on its device; they are saved under their names."""
         self.modules, self.optim, self.run, self.folder = modules, optim, run, folder
-        self.items_per_step = items_per_step
+        self.items_per_step = items_per_step * parallel.count()
         self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
         self.optimizers = build_optimizers(modules.values(), optim)
@@ -67,23 +68,28 @@ class Trainer:
 
         Raises Interrupted after Ctrl-C or SIGTERM, TrainingDiverged when the loss is not finite.
         """
+        parallel.join()
         self.resume()
-        log = RunLog(self.folder.log_path, self.optim.steps, self.step)
+        self._draw_own_samples()
+        first = parallel.rank() == 0
+        log = RunLog(self.folder.log_path, self.optim.steps, self.step) if first else None
         meter = _Meter(self.items_per_step)
         deadline = _deadline(self.run.max_minutes)
         with self._signals():
             while self.step < self.optim.steps:
                 meter.add(self._advance(step))
-                if self.step % self.run.log_every == 0 or self.step == self.optim.steps:
+                last = self.step == self.optim.steps
+                if log is not None and (last or self.step % self.run.log_every == 0):
                     self._log(log, meter)
-                stop = self._signal is not None or time.monotonic() > deadline
-                due = self.step % self.run.checkpoint_every == 0 or self.step == self.optim.steps
-                if stop or due:
+                told, late = parallel.agree(
+                    self._signal is not None, time.monotonic() > deadline, device=self.device
+                )
+                if told or late or last or self.step % self.run.checkpoint_every == 0:
                     self.save()
-                if self._signal is not None:
+                if told:
                     raise Interrupted(f"{self.folder.name} stopped at step {self.step}")
-                if stop:
-                    return self.step >= self.optim.steps
+                if late:
+                    return last
         return True
 
     def averaged(self, name: str) -> dict[str, Tensor]:
@@ -106,7 +112,9 @@ class Trainer:
             _copy(own, self.parameters)
 
     def save(self) -> None:
-        """Write a checkpoint of the present step."""
+        """Write a checkpoint of the present step (of several processes, the first one does)."""
+        if parallel.rank() > 0:
+            return
         modules = {name: module.state_dict() for name, module in self.modules.items()}
         state = {
             "optimizers": [o.state_dict() for o in self.optimizers],
@@ -148,6 +156,7 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast()):
             losses = step(self.step)
         losses["loss"].backward()
+        parallel.average_gradients(self.parameters)
         if self.optim.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.parameters, self.optim.grad_clip)
         for optimizer in self.optimizers:
@@ -176,6 +185,13 @@ class Trainer:
                 f"The loss of {self.folder.name} is {figures['loss']} at step {self.step}.",
                 hint="Lower the learning rate; the newest checkpoint is still good.",
             )
+
+    def _draw_own_samples(self) -> None:
+        # checkpoints hold the first process's random state; the others start a stream of their own
+        if parallel.rank() > 0:
+            seed = hash((self.run.seed, self.step, parallel.rank()))
+            torch.manual_seed(seed)
+            self.generator.manual_seed(seed)
 
     def _random_state(self) -> dict[str, Tensor]:
         state = {"torch": torch.get_rng_state(), "generator": self.generator.get_state()}

@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from .parallel import count, local_rank
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -31,7 +33,9 @@ class RunConfig:
         """The device to train on."""
         if self.device != "auto":
             return torch.device(self.device)
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", local_rank()) if count() > 1 else torch.device("cuda")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .. import parallel
 from ..artifacts import save_artifact
 from ..budget import train
 from ..config import Config
@@ -33,11 +34,15 @@ _MEASURED_TOGETHER = 32
 
 
 def train_unet(config: Config, folder: RunFolder) -> None:
-    """Train on the trained VAE's latents; writes the artifacts `unet` and `text_encoder`."""
+    """Train on the trained VAE's latents; writes the artifacts `unet` and `text_encoder`.
+
+    Under torchrun (see `parallel`) every process takes `batch` latents per step.
+    """
     base, device = config.base, config.run.torch_device()
     torch.manual_seed(config.run.seed)
     part = folder.part("unet")
-    pool = open_pool(config, part.path / "pool.safetensors", device)
+    with parallel.first_one_first():
+        pool = open_pool(config, part.path / "pool.safetensors", device)
     unet = build_unet(unet_config(base.unet, base.text))
     unet = unet.to(device, memory_format=torch.channels_last)
     text = build_compact_text(text_config(base.text)).to(device)
@@ -65,6 +70,8 @@ def train_unet(config: Config, folder: RunFolder) -> None:
         batch=base.unet.batch,
         minutes=base.unet.minutes,
     )
+    if parallel.rank() > 0:
+        return
     unet.load_state_dict(trainer.averaged("unet"))
     text.load_state_dict(trainer.averaged("text"))
     figures = {"pictures": len(pool), "steps": trainer.step} | measure_unet(config, unet, text)

@@ -1,0 +1,84 @@
+"""Data-parallel training: one process per device, as torchrun starts them.
+
+    torchrun --nproc-per-node 2 -m training train-base --config training/configs/mini.toml
+
+Every process draws samples of its own and gradients are averaged, so N processes with
+`batch` samples each make steps of N * batch. Only the first process writes. Without torchrun
+nothing here does anything.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+#: the others wait this long while the first process draws pictures or measures
+_PATIENCE = timedelta(hours=24)
+
+
+def count() -> int:
+    """How many processes train together; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """The number of this process, 0 for the one that writes."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """The number of this process on its machine, which is that of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def join() -> None:
+    """Meet the other processes; every one of them must call this, once or more often."""
+    if count() > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=_PATIENCE)
+
+
+def leave() -> None:
+    """Part from the other processes, if they were met."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def first_one_first() -> Iterator[None]:
+    """Run the block in the first process, then in the others, which find what that one made."""
+    join()
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if rank() == 0 and count() > 1:
+        dist.barrier()
+
+
+@torch.no_grad()
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Replace every gradient by its mean over the processes."""
+    if count() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat)
+    flat /= count()
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def agree(*flags: bool, device: torch.device) -> list[bool]:
+    """For each flag, whether it is set in any process: all of them must stop at the same step."""
+    if count() == 1:
+        return list(flags)
+    total = torch.tensor(flags, dtype=torch.float32, device=device)
+    dist.all_reduce(total)
+    return [value > 0 for value in total.tolist()]
