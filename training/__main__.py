@@ -44,7 +44,7 @@ STAGES: dict[str, str] = {
 }
 """Stage name -> "module:function"; each is `function(config: Config, folder: RunFolder)`."""
 
-PARALLEL = ["train-base"]
+PARALLEL = ["train-base", "finetune-predictor"]
 """Stages that torchrun may start in several processes."""
 
 Stage = Callable[[Config, RunFolder], None]

@@ -17,6 +17,7 @@ from difflora_core.mask_aware.pairing import FlatFaces
 from difflora_core.mif import Condition
 from difflora_core.predictor import Predictor
 
+from .. import parallel
 from ..artifacts import artifact
 from ..base.noise import STEPS, NoiseSchedule
 from ..base.painter import Painter, denoised
@@ -52,6 +53,8 @@ def run(config: Config, folder: RunFolder) -> None:
         batch=settings.batch * settings.per_person,
         minutes=settings.minutes,
     )
+    if parallel.rank() > 0:
+        return
     for part in PARTS:
         getattr(predictor, part).load_state_dict(trainer.averaged(part))
     figures = {"people": len(pool), "steps": trainer.step}
