@@ -34,7 +34,10 @@ def encode_photos(
     if not photos:
         raise BadImage("There is no photo to encode.", hint="Give at least one photo.")
     found = [_faces(face_encoder, photo, number) for number, photo in enumerate(photos, 1)]
-    chosen = [choose_face(faces, choice) if face_encoder else None for faces in found]
+    chosen = [
+        _chosen(faces, choice, number) if face_encoder else None
+        for number, faces in enumerate(found, 1)
+    ]
     views = [
         _view(photo, faces, face) for photo, faces, face in zip(photos, found, chosen, strict=True)
     ]
@@ -62,6 +65,13 @@ def _faces(encoder: FaceEncoder | None, photo: Pixels, number: int) -> list[Face
             hint="Use a photo in which the face is large, sharp and turned to the camera.",
         )
     return faces
+
+
+def _chosen(faces: list[Face], choice: Choice | str, number: int) -> Face:
+    try:
+        return choose_face(faces, choice)
+    except NoFaceFound as error:
+        raise NoFaceFound(f"Photo {number}: {error.message}", hint=error.hint) from error
 
 
 def _which_face(note: PhotoNote, faces: list[Face], chosen: Face | None) -> PhotoNote:

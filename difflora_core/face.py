@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from .errors import BadWeightsFile, DiffLoRAError, NoFaceFound
 from .face_crop import numbered_crops, sharpness
@@ -30,6 +31,12 @@ DETECTION_SIZES = (640, 448, 320, 256, 192, 128)
 MAX_ENLARGEMENT = 2.5
 #: border added on each side, as a share of the longer side, when no size finds a face
 CLOSE_UP_BORDER = 0.5
+#: longest side in pixels with that border; a wide one around a large picture would take gigabytes
+CLOSE_UP_SIDE = 2 * max(DETECTION_SIZES)
+#: where an analysis that we opened remembers its pack, whose files may lie in another-named folder
+_NAME = "difflora_pack"
+#: of a face number; Python refuses to read thousands of them
+_DIGITS = 9
 
 
 @dataclass(frozen=True)
@@ -99,11 +106,14 @@ class FaceEncoder:
                 allowed_modules=["detection", "recognition"],
                 providers=list(providers),
             )
+            analysis.prepare(ctx_id=-1 if list(providers) == ["CPUExecutionProvider"] else 0)
         except AssertionError as error:
             raise _incomplete(folder, "a detector") from error
-        analysis.prepare(ctx_id=-1 if list(providers) == ["CPUExecutionProvider"] else 0)
+        except Exception as error:  # those of ONNX Runtime have no base class of their own
+            raise _unreadable(folder, error) from error
         if "recognition" not in analysis.models:
             raise _incomplete(folder, "a recogniser")
+        setattr(analysis, _NAME, name)
         return cls(analysis, name)
 
     @classmethod
@@ -128,7 +138,7 @@ class FaceEncoder:
                 hint="Use our Load Face Encoder, which loads detector and recogniser.",
             )
         folder = Path(str(getattr(analysis, "model_dir", "") or "insightface"))
-        return cls(analysis, name or folder.name)
+        return cls(analysis, name or getattr(analysis, _NAME, "") or folder.name)
 
     def faces(self, image: Pixels) -> list[Face]:
         """Every face of a picture [H, W, 3], uint8 RGB, from left to right; empty if none."""
@@ -146,15 +156,19 @@ class FaceEncoder:
         found = self._detect_at_sizes(bgr)
         if len(found[0]):
             return found
-        border = round(max(bgr.shape[:2]) * CLOSE_UP_BORDER)
-        padded = np.pad(bgr, ((border, border), (border, border), (0, 0)))
+        small, scale = _shrunk(bgr, round(CLOSE_UP_SIDE / (1 + 2 * CLOSE_UP_BORDER)))
+        border = round(max(small.shape[:2]) * CLOSE_UP_BORDER)
+        padded = np.pad(small, ((border, border), (border, border), (0, 0)))
         boxes, points = self._detect_at_sizes(padded)
-        boxes[:, :4] -= border
-        return boxes, points - border
+        boxes[:, :4] = (boxes[:, :4] - border) * np.tile(scale, 2)
+        return boxes, (points - border) * scale
 
     def _detect_at_sizes(self, bgr: Pixels) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        limit = max(MAX_ENLARGEMENT * max(bgr.shape[:2]), min(self.sizes))
-        for size in (s for s in self.sizes if s <= limit):
+        longest, shortest = max(bgr.shape[:2]), min(bgr.shape[:2])
+        limit = max(MAX_ENLARGEMENT * longest, min(self.sizes))
+        # of a thin strip nothing is left at the size of the detector, which then fails
+        usable = [s for s in self.sizes if s <= limit and s * shortest >= 2 * longest]
+        for size in usable:
             # the size must be an argument: since insightface 1.0 the attribute is ignored
             boxes, points = self.analysis.models["detection"].detect(bgr, input_size=(size, size))
             if points is not None and len(boxes):
@@ -188,7 +202,7 @@ def choose_face(faces: Sequence[Face], choice: Choice | str = "largest") -> Face
             hint="Use a photo in which the face is large, sharp and turned to the camera.",
         )
     if isinstance(choice, int) or str(choice).strip().isdecimal():
-        return _numbered(faces, int(choice))
+        return _numbered(faces, int(str(choice).strip()[:_DIGITS]))
     orders = {
         "largest": lambda face: -face.area,
         "leftmost": lambda face: face.centre[0],
@@ -242,6 +256,15 @@ def _distance_from_middle(face: Face) -> float:
     return (face.centre[0] - width / 2) ** 2 + (face.centre[1] - height / 2) ** 2
 
 
+def _shrunk(bgr: Pixels, longest: int) -> tuple[Pixels, NDArray[np.float32]]:
+    """The picture with no side above `longest`, and the factors of x and y back to the old one."""
+    height, width = bgr.shape[:2]
+    share = min(1.0, longest / max(height, width))
+    size = max(1, round(width * share)), max(1, round(height * share))
+    small = np.asarray(Image.fromarray(bgr).resize(size)) if share < 1 else bgr
+    return small, np.array([width / size[0], height / size[1]], np.float32)
+
+
 def _subfolders(place: Path) -> list[Path]:
     return sorted(p for p in place.iterdir() if p.is_dir()) if place.is_dir() else []
 
@@ -252,6 +275,14 @@ def _incomplete(folder: Path, missing: str) -> BadWeightsFile:
     return BadWeightsFile(
         f"The face pack in {folder} lacks {missing}; found there: {found}.",
         hint="A pack holds a detector and a recogniser as .onnx files; unpack it again.",
+    )
+
+
+def _unreadable(folder: Path, error: Exception) -> BadWeightsFile:
+    reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return BadWeightsFile(
+        f"The face pack in {folder} cannot be read: {reason}.",
+        hint="A file is damaged, or a Git LFS pointer in its place: download the pack again.",
     )
 
 

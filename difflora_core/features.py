@@ -124,14 +124,16 @@ class Features:
                 f"{Path(path).name} holds no face features.",
                 hint="Choose a file written by Save Face Features.",
             )
-        return cls(
-            tensors.get("face"),
-            tensors.get("image"),
-            tensors["weights"],
-            header.get("face_encoder", ""),
-            header.get("image_encoder", ""),
-            tuple(from_dict(PhotoNote, row) for row in header_json(path, header, "photos", "[]")),
-        )
+        face, image, weights = tensors.get("face"), tensors.get("image"), tensors["weights"]
+        notes = header_json(path, header, "photos", "[]")
+        parts = [part for part in (face, image) if part is not None]
+        rows = {tuple(part.shape[:1]) for part in [weights, *parts]}
+        if any(part.ndim != 2 for part in parts) or weights.ndim != 1 or len(rows) != 1:
+            raise BadWeightsFile(f"The tensors of {Path(path).name} do not belong together.")
+        if not isinstance(notes, list):
+            raise BadWeightsFile(f"The photo notes of {Path(path).name} are no list.")
+        names = header.get("face_encoder", ""), header.get("image_encoder", "")
+        return cls(face, image, weights, *names, tuple(from_dict(PhotoNote, row) for row in notes))
 
 
 def fuse(

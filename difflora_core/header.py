@@ -7,6 +7,7 @@ strings. Never a path and never a photo.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -42,11 +43,19 @@ _SS_BEGINNINGS = {
     "difflora_mini": "mini",
 }
 
-_WEIGHT_FACTS = (
+# What the writer of a file works out anew.
+_FILE_FACTS = (
     "ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_network_args", "sshs_",
-    "modelspec.hash_sha256", "difflora.certificates",
+    "modelspec.hash_sha256",
 )  # fmt: skip
+_CERTIFICATES = "difflora.certificates"
 
+# A folder on somebody's disk, or a picture in text: /home/jane/..., C:\photos, data:image/png;...
+_PRIVATE = re.compile(
+    r"""(?<![\w/:.])/[\w.\-][\w.\- ]*/ | (?<!\w)[A-Za-z]:[\\/](?!/)
+    | (?:^|["'\s])\\\\\w | file:/ | data:\w+/""",
+    re.VERBOSE,
+)
 
 HASH_FIELDS = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
 """fields under which trainers keep a hash of the weights"""
@@ -115,9 +124,16 @@ def base_named_in(metadata: Mapping[str, str]) -> str | None:
     return next((b for start, b in _SS_BEGINNINGS.items() if version.startswith(start)), None)
 
 
+def of_a_copy(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The fields that a copy of a file keeps: all but what is worked out anew when it is written,
+    and what holds a photo or names folders on the disk of who trained it."""
+    kept = {name: text for name, text in metadata.items() if not name.startswith(_FILE_FACTS)}
+    return {name: text for name, text in kept.items() if not _PRIVATE.search(text)}
+
+
 def without_weight_facts(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The fields that stay true when the weights change: all but ranks, alphas and hashes."""
-    return {name: text for name, text in metadata.items() if not name.startswith(_WEIGHT_FACTS)}
+    """The fields of a copy that stay true when the weights change."""
+    return {name: text for name, text in of_a_copy(metadata).items() if name != _CERTIFICATES}
 
 
 def json_field(metadata: Mapping[str, str], name: str) -> dict:

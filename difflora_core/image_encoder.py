@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from .config import from_dict, to_dict
 from .errors import BadWeightsFile, DiffLoRAError
+from .tensor_file import TensorFile
 from .weights_file import header_json, read_safetensors, write_safetensors
 
 TOKEN_TABLE = "token_embedding.weight"
@@ -167,8 +169,15 @@ def _open_checkpoint(path: Path, model: str) -> ImageEncoder:
         )
     if not path.is_file():
         raise BadWeightsFile(f"There is no checkpoint at {path}.")
+    if path.suffix == ".safetensors":
+        TensorFile(path)  # says what a damaged file is
     try:
         clip = open_clip.create_model(model, pretrained=str(path))
+    except (UnpicklingError, EOFError) as error:  # torch's own advice is to run the file's code
+        raise BadWeightsFile(
+            f"{path.name} is no checkpoint of {model}: it holds no plain tensors.",
+            hint="Download it again; a web page or another kind of file may lie in its place.",
+        ) from error
     except (RuntimeError, OSError, KeyError) as error:
         first = str(error).splitlines()[0]
         raise BadWeightsFile(f"{path.name} is no checkpoint of {model}: {first}") from error

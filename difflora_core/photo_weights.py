@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,16 +15,17 @@ from .features import Features
 def reweighted(features: Features, weights: Sequence[float]) -> Features:
     """Multiply the weights that the photos' quality gives by the user's, one per photo.
 
-    Missing ones are 1; a photo with 0 is left out. Errors: BadConfig for negative numbers, more
-    numbers than photos, or nothing left.
+    Missing ones are 1; a photo with 0 is left out. Errors: BadConfig for negative or infinite
+    numbers, more numbers than photos, or nothing left.
     """
     if not weights:
         return features
     count = len(features.weights)
-    if len(weights) > count or min(weights) < 0:
+    usable = all(math.isfinite(weight) and weight >= 0 for weight in weights)
+    if len(weights) > count or not usable:
         raise BadConfig(
             f"{len(weights)} photo weights were given for {count} photos"
-            + (", one of them negative." if min(weights) < 0 else "."),
+            + ("." if usable else ", one of them negative or no number."),
             hint="Give one number from 0 upwards per photo, such as 1, 0.5.",
         )
     given = torch.tensor([*weights, *[1.0] * (count - len(weights))])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ MIN_SIDE = 64
 MAX_PIXELS = 64_000_000
 """Largest picture; more is refused before it is decoded, since it may be an attack on memory."""
 #: what Pillow's decoders raise on broken files
-_DAMAGE = (OSError, SyntaxError, ValueError, struct.error, EOFError)
+_DAMAGE = (OSError, SyntaxError, ValueError, RuntimeError, struct.error, EOFError)
 _BACKDROP = 255
 """Transparent parts become white, as most viewers show them."""
 
@@ -34,19 +35,21 @@ def load_photo(source: Any) -> Pixels:
 
     Returns: uint8 [H, W, 3]. Errors: BadImage.
     """
+    name = "The picture"
     if isinstance(source, (str, Path)):
-        pixels = _read_file(Path(source))
+        path = Path(source)
+        pixels, name = _read_file(path), path.name
     elif isinstance(source, Image.Image):
-        _check_size(source.width, source.height)
-        pixels = _decode(source, "The picture")
+        _check_size(source.width, source.height, name)
+        pixels = _decode(source, name)
     else:
         pixels = _from_array(source)
-    _check_size(pixels.shape[1], pixels.shape[0])
+    _check_size(pixels.shape[1], pixels.shape[0], name)
     return np.ascontiguousarray(pixels)
 
 
 def _read_file(path: Path) -> Pixels:
-    if not path.is_file():
+    if not os.path.isfile(path):  # unlike Path.is_file, false for a name that no disk can hold
         raise BadImage(f"There is no picture at {path}.", hint="Check the path and its spelling.")
     name = path.name
     try:
@@ -60,7 +63,7 @@ def _read_file(path: Path) -> Pixels:
     except _DAMAGE as error:
         raise _damaged(name, error) from error
     with image:
-        _check_size(image.width, image.height)
+        _check_size(image.width, image.height, name)
         return _decode(image, name)
 
 
@@ -147,14 +150,14 @@ def _flatten(rgba: Pixels) -> Pixels:
     return np.round(rgba[..., :3] * alpha + _BACKDROP * (1 - alpha)).astype(np.uint8)
 
 
-def _check_size(width: int, height: int) -> None:
+def _check_size(width: int, height: int, name: str) -> None:
     if min(width, height) < MIN_SIDE:
         raise BadImage(
-            f"The picture is {width}x{height} pixels; at least {MIN_SIDE}x{MIN_SIDE} are needed.",
+            f"{name} is {width}x{height} pixels; at least {MIN_SIDE}x{MIN_SIDE} are needed.",
             hint="Use a larger photo; enlarging a tiny one does not bring the face back.",
         )
     if width * height > MAX_PIXELS:
-        raise _too_large(f"The picture ({width}x{height})")
+        raise _too_large(f"{name} ({width}x{height})")
 
 
 def _damaged(name: str, error: Exception) -> BadImage:

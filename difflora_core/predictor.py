@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,8 @@ from .weights_file import header_json, read_safetensors, write_safetensors
 
 STATISTICS = ("mean", "std")  # kept in single precision: small numbers that scale everything
 MAX_CANDIDATES = 64
+LARGEST_FACTOR = 100
+"""of guidance and strength: far beyond what is of any use, well within half precision"""
 
 
 @dataclass(frozen=True)
@@ -183,8 +184,10 @@ class Predictor(nn.Module):
         if not 1 <= options.steps <= MAX_STEPS:
             raise BadConfig(f"steps must be 1 to {MAX_STEPS}, found {options.steps}.")
         for key in ("guidance", "strength"):
-            if not math.isfinite(getattr(options, key)):
-                raise BadConfig(f"{key} must be a number, found {getattr(options, key)}.")
+            if not abs(value := getattr(options, key)) <= LARGEST_FACTOR:  # NaN, too
+                raise BadConfig(
+                    f"{key} must be -{LARGEST_FACTOR} to {LARGEST_FACTOR}, not {value}."
+                )
         return options
 
     def _condition_of(self, features: Features, rows: int) -> Condition:
@@ -221,13 +224,25 @@ class Predictor(nn.Module):
                 hint="Choose a file made by `python -m training`, or the one that ships with us.",
             )
         config = from_dict(PredictorConfig, header_json(path, header, "config"))
-        with torch.device("meta"):  # no memory or time for initial weights
-            predictor = cls(config)
+        predictor = _outline(cls, config, path.name)
         check_keys(path.name, tensors, predictor.state_dict())
         float32 = {name: tensor.float() for name, tensor in tensors.items()}
         predictor.load_state_dict(float32, assign=True)
         predictor.file_hash = hashlib.sha256(path.read_bytes()).hexdigest()
         return predictor.to(device).eval()
+
+
+def _outline(cls: type[Predictor], config: PredictorConfig, name: str) -> Predictor:
+    """Without memory or time for initial weights. Errors: BadWeightsFile for impossible sizes."""
+    try:
+        with torch.device("meta"):
+            return cls(config)
+    except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadWeightsFile(
+            f"{name} describes a predictor that cannot be built: {reason}.",
+            hint="The file is damaged or was made by another version of DiffLoRA.",
+        ) from error
 
 
 def check_keys(name: str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from .lora_reading import LoraReading
 
 BAR = 30
+#: bytes of a file name, so that its temporary neighbour has room for a longer one
+LONGEST_NAME = 230
 
 Progress = Callable[[int, int], None]
 
@@ -73,5 +76,18 @@ def check_free(path: Path, overwrite: bool, suffix: str = ".safetensors") -> Non
     """Before any work: the file must be writable under that name. Errors: BadWeightsFile."""
     if path.suffix != suffix:
         raise BadWeightsFile(f"{path.name} must end in {suffix}.")
+    _refuse_name(path)
     if path.exists() and not overwrite:
         raise BadWeightsFile(f"{path} exists already.", hint="Choose another name or --overwrite.")
+
+
+def _refuse_name(path: Path) -> None:
+    """Names that no disk or no header can hold. Errors: BadWeightsFile."""
+    shown = path.name.encode(errors="replace").decode()
+    if shown != path.name:
+        raise BadWeightsFile(f"The file name {shown} is no valid text.", hint="Choose another one.")
+    if len(path.name.encode()) > LONGEST_NAME:
+        raise BadWeightsFile(f"The file name {shown[:20]}... is too long.", hint="Shorten it.")
+    for parent in path.parents:
+        if os.path.isfile(parent):
+            raise BadWeightsFile(f"{parent} is a file, not a folder.", hint="Choose another place.")

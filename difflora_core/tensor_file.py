@@ -185,8 +185,8 @@ def _state(file: IO[bytes]) -> tuple[int, int]:
 
 def _read_header(path: Path) -> tuple[dict, int, tuple[int, int]]:
     """The header as JSON, where the weights begin, and the state of the file."""
-    if not path.is_file():
-        kind = "is a folder, not a file" if path.is_dir() else "does not exist"
+    if not os.path.isfile(path):  # unlike Path.is_file, false for a name that no disk can hold
+        kind = "is a folder, not a file" if os.path.isdir(path) else "does not exist"
         raise BadWeightsFile(f"{path} {kind}.")
     try:
         with path.open("rb") as file:

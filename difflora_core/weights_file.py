@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import BadWeightsFile
-from .header import HASH_FIELDS, LoraHeader, network_fields
+from .header import HASH_FIELDS, LoraHeader, network_fields, of_a_copy
 from .lora import Lora
 from .lora_reading import LoraReading, read_lora_source, read_lora_tensors, take_layers
 from .lora_writing import finite_tensors, outlines_of, tensors_of
@@ -101,7 +101,8 @@ def write_lora(
 ) -> None:
     """Write kohya's keys with a header, a hash of the weights included. Raises BadWeightsFile.
 
-    Layers are asked for one by one and let go once they are written.
+    What the header says of ranks, alphas and hashes is worked out anew, and fields with a path or
+    a photo are left out. Layers are asked for one by one and let go once they are written.
     """
     fields = header.to_dict() if isinstance(header, LoraHeader) else dict(header)
     outline = lora.outline.values()
@@ -110,7 +111,7 @@ def write_lora(
         path,
         outlines_of(lora, dtype),
         finite_tensors(lora, dtype),
-        network | fields,
+        of_a_copy(fields) | network,
         overwrite,
         hash_field="modelspec.hash_sha256",
     )

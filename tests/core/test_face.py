@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 
 from difflora_core.errors import BadWeightsFile, DiffLoRAError, NoFaceFound
 from difflora_core.face import CHOICES, Face, FaceEncoder, choose_face, face_previews, find_pack
+from difflora_core.mini_world import MINI_FOLDER
 
 POINTS = np.float32([[8, 10], [16, 10], [12, 14], [9, 18], [15, 18]])
 
@@ -106,6 +108,23 @@ def test_close_up_is_found_with_a_border() -> None:
     assert np.allclose(found[0].landmarks, POINTS + 16)
 
 
+def test_a_close_up_in_a_large_picture_takes_little_memory() -> None:
+    """A border of half its longer side would make four pictures of it."""
+    image = picture((500, 300, 2400), side=3000)
+    finder, shapes = encoder(), []
+    detector = finder.analysis.models["detection"]
+    detect = detector.detect
+    detector.detect = lambda bgr, **size: shapes.append(bgr.shape) or detect(bgr, **size)
+    (face,) = finder.faces(image)
+    assert np.allclose(face.box, [500, 300, 2900, 2700], atol=15)
+    assert max(max(shape) for shape in shapes if shape != image.shape) <= 1280
+
+
+def test_nothing_is_looked_for_in_a_thin_strip() -> None:
+    finder = encoder()
+    assert finder.faces(np.full((64, 40000, 3), 90, np.uint8)) == []
+
+
 def test_small_pictures_are_not_enlarged_much() -> None:
     small, large = encoder(), encoder()
     small.faces(picture())
@@ -163,6 +182,21 @@ def test_missing_packs_name_the_folder_and_what_is_there(tmp_path: Path) -> None
         BadWeightsFile, match=r"lacks any ONNX file; found there: readme\.txt, w\.bin"
     ):
         find_pack(tmp_path, "antelopev2")
+
+
+def test_a_pack_keeps_its_name_in_a_folder_of_another(tmp_path: Path) -> None:
+    shutil.copytree(MINI_FOLDER / "insightface/models/mini", tmp_path / "models/mini/release")
+    opened = FaceEncoder.open(tmp_path)
+    assert (opened.name, FaceEncoder.wrap(opened.analysis).name) == ("mini", "mini")
+
+
+@pytest.mark.parametrize("content", [None, b"version https://git-lfs.github.com/spec/v1\noid"])
+def test_damaged_packs_are_one_sentence(tmp_path: Path, content: bytes | None) -> None:
+    folder = shutil.copytree(MINI_FOLDER / "insightface/models/mini", tmp_path / "models/mini")
+    model = next(folder.glob("rec*.onnx"))
+    model.write_bytes(content or model.read_bytes()[:3000])
+    with pytest.raises(BadWeightsFile, match=r"mini cannot be read: .*download the pack again"):
+        FaceEncoder.open(tmp_path)
 
 
 def test_missing_insightface_says_what_to_install(

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from difflora_core.errors import BadWeightsFile, DiffLoRAError, LayoutMismatch
 from difflora_core.features import Features, fuse
-from difflora_core.weights_file import write_safetensors
+from difflora_core.weights_file import read_safetensors, write_safetensors
 
 PERSON = F.normalize(torch.randn(1, 64, generator=torch.Generator().manual_seed(0)), dim=-1)
 
@@ -102,3 +102,16 @@ def test_errors_say_what_is_wrong(tmp_path):
     write_safetensors(other, {"x": torch.zeros(1)}, {})
     with pytest.raises(BadWeightsFile, match="holds no face features"):
         Features.load(other)
+
+
+@pytest.mark.parametrize("damage", [{"weights": torch.ones(5) / 5}, {"face": torch.ones(16)}])
+def test_features_that_do_not_belong_together(tmp_path, damage):
+    path = tmp_path / "f.safetensors"
+    fused(photos_of_one_person(2)).save(path)
+    tensors, header = read_safetensors(path)
+    write_safetensors(path, {**tensors, **damage}, header, overwrite=True)
+    with pytest.raises(BadWeightsFile, match="do not belong together"):
+        Features.load(path)
+    write_safetensors(path, tensors, {**header, "photos": "5"}, overwrite=True)
+    with pytest.raises(BadWeightsFile, match=r"photo notes of .* are no list"):
+        Features.load(path)

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from difflora_core.header import LoraHeader, base_named_in, json_field, network_fields
+from difflora_core.header import (
+    LoraHeader,
+    base_named_in,
+    json_field,
+    network_fields,
+    of_a_copy,
+    without_weight_facts,
+)
 from difflora_core.key_names import BASES
 
 MUST = {"sai_model_spec", "architecture", "implementation", "title"}
@@ -56,3 +63,28 @@ def test_json_fields_tolerate_anything() -> None:
     assert json_field({"a": "{"}, "a") == {}
     assert json_field({"a": "[1]"}, "a") == {}
     assert json_field({}, "a") == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("https://github.com/Stability-AI/generative-models", True),
+        ("stable-diffusion-xl-v1-base/lora", True),
+        ("sks person, and/or either / or, 2024/05/06", True),
+        ('{"sks": {"a photo\\nof": 3}}', True),
+        ("data:image/jpeg;base64,/9j/4AAQ", False),
+        ('{"concept_path": "/home/jane/photos/jane"}', False),
+        ('{"dir": "C:\\\\Users\\\\jane"}', False),
+        ("D:/photos", False),
+        ("\\\\server\\photos", False),
+        ("file:///home/jane", False),
+    ],
+)
+def test_paths_and_photos_do_not_travel(text: str, kept: bool) -> None:
+    assert of_a_copy({"note": text}) == ({"note": text} if kept else {})
+
+
+def test_what_is_worked_out_anew_is_not_copied() -> None:
+    old = {"ss_network_dim": "32", "sshs_model_hash": "ab", "difflora.certificates": "{}"}
+    assert of_a_copy(old) == {"difflora.certificates": "{}"}
+    assert without_weight_facts(old) == {}

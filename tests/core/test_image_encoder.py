@@ -95,6 +95,13 @@ def test_refusals(encoder: ImageEncoder, tmp_path: Path) -> None:
         ImageEncoder.open(path, "ViT-Q-1")
     with pytest.raises(BadWeightsFile, match="There is no checkpoint at"):
         ImageEncoder.open(tmp_path / "none.pt", "ViT-B-32")
+    (tmp_path / "page.pt").write_text("<html>please log in</html>")
+    with pytest.raises(BadWeightsFile, match="holds no plain tensors") as refused:
+        ImageEncoder.open(tmp_path / "page.pt", "ViT-B-32")
+    assert "weights_only" not in str(refused.value)
+    (tmp_path / "page.safetensors").write_text("<html>please log in</html>")
+    with pytest.raises(BadWeightsFile, match="is a web page"):
+        ImageEncoder.open(tmp_path / "page.safetensors", "ViT-B-32")
     encoder.save(path, overwrite=True)
     tensors, metadata = read_safetensors(path)
     tensors.pop("visual.proj")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -170,3 +171,32 @@ def test_huge_pictures_are_refused_before_they_are_decoded(
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("was decoded"))
     with pytest.raises(BadImage, match="more than 64 megapixels"):
         load_photo(path)
+
+
+def test_decoders_that_fail_in_their_own_way_are_one_sentence(
+    tmp_path: Path, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AVIF's decoder raises RuntimeError, that of DDS NotImplementedError."""
+    path = save(tmp_path, Image.fromarray(picture), "p.png")
+    for error in (RuntimeError("Failed to decode frame 0"), NotImplementedError("Unimplemented")):
+        monkeypatch.setattr(Image.Image, "convert", _raising(error))
+        with pytest.raises(BadImage, match=r"p\.png is damaged: "):
+            load_photo(path)
+
+
+def _raising(error: Exception) -> Callable[..., None]:
+    def convert(*_: object, **__: object) -> None:
+        raise error
+
+    return convert
+
+
+def test_sizes_are_refused_with_the_name_of_the_file(tmp_path: Path) -> None:
+    path = save(tmp_path, Image.new("RGB", (32, 32)), "tiny.png")
+    with pytest.raises(BadImage, match=r"tiny\.png is 32x32 pixels; at least 64x64"):
+        load_photo(path)
+
+
+def test_a_name_that_no_disk_can_hold_is_no_picture() -> None:
+    with pytest.raises(BadImage, match="There is no picture at"):
+        load_photo("x" * 300 + ".png")

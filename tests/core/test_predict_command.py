@@ -116,7 +116,13 @@ def test_existing_file_is_kept_unless_told(world, capsys):
         (("nowhere.png",), "no picture at"),
         (("faces1.png", "--steps", "0"), "steps must be 1 to 50"),
         (("faces1.png", "--crops", "crops.jpg"), "crops.jpg must end in .png"),
-        (("faces1.png", "--crops", "FOLDER/faces1.png/crops.png"), "could not be written"),
+        (("faces1.png", "--crops", "FOLDER/faces1.png/crops.png"), "is a file, not a folder"),
+        (("faces1.png", "faces2.png", "--face", "2"), "Photo 1: There is no face number 2"),
+        (("faces1.png", "--face", "9" * 5000), "no face number 999999999"),
+        (("faces1.png", "--crops", f"{'x' * 260}.png"), "is too long"),
+        (("faces1.png", "--crops", "bad\udce9.png"), "is no valid text"),
+        (("faces1.png", "--guidance", "1e39"), "guidance must be -100 to 100"),
+        (("x" * 300 + ".png",), "no picture at"),
     ],
 )
 def test_user_errors_leave_nothing_behind(world, capsys, arguments, error):

@@ -190,6 +190,12 @@ def test_damaged_bundles_are_refused_with_counts(tmp_path):
     write_safetensors(broken, tensors, changed, overwrite=True)
     with pytest.raises(BadConfig, match=r"Unknown key dit.widht. Did you mean dit.width\?"):
         Predictor.open(broken)
+    config = to_dict(p.config)
+    config["mixer"]["width"] = 0
+    changed = {**header, "config": json.dumps(config)}
+    write_safetensors(broken, tensors, changed, overwrite=True)
+    with pytest.raises(BadWeightsFile, match="describes a predictor that cannot be built"):
+        Predictor.open(broken)
 
 
 def test_wrong_input_is_refused():
@@ -198,7 +204,7 @@ def test_wrong_input_is_refused():
         p.predict(features, seed=0, steps=0)
     with pytest.raises(BadConfig, match="candidates must be 1 to 64, found 65"):
         p.predict(features, seed=0, candidates=65)
-    with pytest.raises(BadConfig, match="strength must be a number, found nan"):
+    with pytest.raises(BadConfig, match="strength must be -100 to 100, not nan"):
         p.predict(features, seed=0, strength=float("nan"))
     with pytest.raises(LayoutMismatch, match="face embeddings of 24 numbers, found"):
         p.predict(dataclasses.replace(features, face=torch.randn(1, 512)), seed=0)

@@ -72,6 +72,14 @@ def test_the_header_says_where_the_file_is_from(tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps(header)
 
 
+def test_stale_facts_and_paths_of_a_copied_header_are_left_out(tmp_path: Path) -> None:
+    old = {"ss_network_dim": "32", "sshs_model_hash": "ab", "ot_config": '{"p": "/home/me/x"}'}
+    write_lora(attention_lora("mini"), tmp_path / "a.safetensors", {**old, "ss_note": "kept"})
+    _, header = read_safetensors(tmp_path / "a.safetensors")
+    assert (header["ss_network_dim"], header["ss_note"]) == ("4", "kept")
+    assert not {"sshs_model_hash", "ot_config"} & set(header)
+
+
 def test_the_hash_is_that_of_the_weights_alone(tmp_path: Path) -> None:
     lora = attention_lora("mini")
     hashes = []

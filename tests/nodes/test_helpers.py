@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,9 @@ def test_weights_multiply_and_zero_leaves_out() -> None:
     ("weights", "sentence"),
     [
         ([1.0, 1.0, 1.0], "3 photo weights were given for 2 photos."),
-        ([-1.0], "one of them negative"),
+        ([-1.0], "one of them negative or no number"),
+        ([math.nan, 1.0], "one of them negative or no number"),
+        ([math.inf], "one of them negative or no number"),
         ([0.0, 0.0], "All photos have the weight 0."),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from difflora_core.lora_space import LoraSpace
 from difflora_core.weights_file import read_lora
 from tests.training.tiny_world import write_world
 from training.__main__ import open_run
-from training.artifacts import artifacts_folder
+from training.artifacts import artifacts_folder, read_artifact, save_artifact
 from training.base.painter import Painter
 from training.config import Config, load_config
 from training.loras.collect import read_set
@@ -117,6 +118,25 @@ def test_loras_of_another_recipe_are_refused_not_mixed_in(config: Config) -> Non
             train(dataclasses.replace(config, loras=other), folder)
     assert [person_file(folder, seed).read_bytes() for seed in range(3)] == before
     assert not person_file(folder, 3).exists()
+
+
+def test_loras_of_another_base_model_are_refused(config: Config) -> None:
+    folder = open_run(config, "train-identity-loras")
+    train(config, folder)
+    tensors, unet = read_artifact(config, "unet")
+    save_artifact(config, "unet", {name: 1.01 * t for name, t in tensors.items()}, unet)
+    with pytest.raises(DiffLoRAError, match="trained otherwise"):
+        train(config, folder)
+    with pytest.raises(DiffLoRAError, match=r"None of the 3 .* it was trained otherwise"):
+        collect(config, open_run(config, "collect-loras"))
+
+
+def test_stray_files_are_left_out(config: Config) -> None:
+    folder = open_run(config, "train-identity-loras")
+    train(config, folder)
+    shutil.copy(person_file(folder, 0), folder.path / "people" / "copy of 0.safetensors")
+    collect(config, open_run(config, "collect-loras"))
+    assert read_set(config).seeds.tolist() == [0, 1, 2]
 
 
 def test_nothing_usable_is_one_sentence_and_keeps_the_old_set(config: Config) -> None:

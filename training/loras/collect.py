@@ -20,7 +20,7 @@ from ..config import Config
 from ..run_folder import RunFolder, write_whole
 from .config import LorasConfig
 from .learnable import explained_by_identity
-from .stage import lora_space
+from .stage import lora_space, recipe, recipe_of
 
 logger = logging.getLogger(__name__)
 INDEX = "loras/index.json"
@@ -48,18 +48,14 @@ def run(config: Config, folder: RunFolder) -> None:
         raise DiffLoRAError(
             "There are no identity LoRAs to collect.", hint="Run train-identity-loras first."
         )
-    seeds, vectors, refused = [], [], {}
+    seeds, vectors, refused, how = [], [], {}, recipe(config)
     for file in files:
         try:
-            projection = space.project(read_lora(file))
+            vectors.append(_usable_vector(file, space, how))
         except DiffLoRAError as error:
             refused[file.name] = error.message
             continue
-        if projection.lost > LARGEST_LOSS:
-            refused[file.name] = f"{projection.lost:.0%} of its energy lies outside the space"
-            continue
         seeds.append(int(file.stem))
-        vectors.append(projection.vector)
     for name, reason in list(refused.items())[:3]:
         logger.warning("%s left out: %s", name, reason)
     if not vectors:
@@ -70,6 +66,18 @@ def run(config: Config, folder: RunFolder) -> None:
         )
     collected = LoraSet(space, torch.stack(vectors), torch.tensor(seeds))
     write_set(artifacts_folder(config), collected, config.loras, len(refused))
+
+
+def _usable_vector(file: Path, space: LoraSpace, how: str) -> Tensor:
+    """The LoRA of a person's file in the space. Errors: DiffLoRAError saying why it is left out."""
+    if not file.stem.isdecimal():
+        raise DiffLoRAError("its name is not the number of a person")
+    projection = space.project(read_lora(file))
+    if projection.lost > LARGEST_LOSS:
+        raise DiffLoRAError(f"{projection.lost:.0%} of its energy lies outside the space")
+    if (found := recipe_of(file)) != how:
+        raise DiffLoRAError(f"it was trained otherwise: {found or 'by an earlier version'}")
+    return projection.vector
 
 
 def write_set(folder: Path, loras: LoraSet, config: LorasConfig, refused: int = 0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from difflora_core.header import LoraHeader
 from difflora_core.lora_space import LoraSpace
 from difflora_core.weights_file import TensorFile, write_lora
 
+from ..artifacts import artifact, sha256
 from ..base.painter import Painter
 from ..config import Config
 from ..run_folder import RunFolder
@@ -20,6 +22,8 @@ from .teacher import SUBJECT, train_loras
 
 logger = logging.getLogger(__name__)
 GROUP_ON_CUDA = 64
+BASE_PARTS = ("unet", "vae", "text_encoder")
+"""artifacts of the model that LoRAs are trained on"""
 
 
 def lora_space(config: LorasConfig) -> LoraSpace:
@@ -39,7 +43,8 @@ def run(config: Config, folder: RunFolder) -> None:
     (folder.path / "people").mkdir(exist_ok=True)
     wanted = range(settings.first, settings.first + settings.people)
     there = [seed for seed in wanted if person_file(folder, seed).exists()]
-    refuse_other_recipes([person_file(folder, seed) for seed in there], settings)
+    how = recipe(config)
+    refuse_other_recipes([person_file(folder, seed) for seed in there], how)
     missing = sorted(set(wanted) - set(there))
     logger.info("%d of %d LoRAs are there", len(wanted) - len(missing), len(wanted))
     begin, done = time.monotonic(), 0
@@ -51,7 +56,7 @@ def run(config: Config, folder: RunFolder) -> None:
                 trigger=SUBJECT,
                 space_id=space.id,
                 seed=seed,
-                description=recipe(settings),
+                description=how,
             )
             write_lora(lora, person_file(folder, seed), header, overwrite=True)
         done += len(seeds)
@@ -59,23 +64,29 @@ def run(config: Config, folder: RunFolder) -> None:
         logger.info("%d of %d people, %.0f LoRAs per hour", done, len(missing), rate)
 
 
-def recipe(config: LorasConfig) -> str:
+def recipe(config: Config) -> str:
     """Everything that a person's LoRA depends on, in words for its header."""
     decisive = ("gauge", "rank", "steps", "pictures", "batch", "draws", "lr", "prior")
-    return ", ".join(f"{name} {getattr(config, name)}" for name in decisive)
+    settings = ", ".join(f"{name} {getattr(config.loras, name)}" for name in decisive)
+    parts = "".join(sha256(artifact(config, name)) for name in BASE_PARTS)
+    return f"{settings}, base model {hashlib.sha256(parts.encode()).hexdigest()[:8]}"
 
 
-def refuse_other_recipes(files: list[Path], config: LorasConfig) -> None:
+def refuse_other_recipes(files: list[Path], wanted: str) -> None:
     """Errors: DiffLoRAError where a folder already holds LoRAs that were trained otherwise."""
-    wanted = recipe(config)
     for file in files:
-        found = TensorFile(file).metadata.get("modelspec.description", "")
+        found = recipe_of(file)
         if found != wanted:
             raise DiffLoRAError(
                 f"{file.name} was trained otherwise than this config asks for: "
                 f"{found or 'by an earlier version'} instead of {wanted}.",
                 hint=f"Choose another run.root, or empty the folder {file.parent.name} first.",
             )
+
+
+def recipe_of(file: Path) -> str:
+    """How the LoRA of a file was trained; empty where its header does not say."""
+    return TensorFile(file).metadata.get("modelspec.description", "")
 
 
 def groups(seeds: list[int], size: int) -> Iterator[list[int]]:

@@ -8,6 +8,8 @@ one with.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -57,6 +59,9 @@ def run(config: Config, folder: RunFolder) -> None:
         return
     for part in PARTS:
         getattr(predictor, part).load_state_dict(trainer.averaged(part))
+    # what it was trained to take is what it takes in use
+    sampling = replace(predictor.config.sampling, steps=settings.rollout)
+    predictor.config = replace(predictor.config, sampling=sampling)
     figures = {"people": len(pool), "steps": trainer.step}
     finish(config, predictor, [], figures, final=True)
 
