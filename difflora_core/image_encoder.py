@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -173,14 +172,14 @@ def _open_checkpoint(path: Path, model: str) -> ImageEncoder:
         TensorFile(path)  # says what a damaged file is
     try:
         clip = open_clip.create_model(model, pretrained=str(path))
-    except (UnpicklingError, EOFError) as error:  # torch's own advice is to run the file's code
+    except (RuntimeError, OSError, KeyError) as error:
+        first = str(error).splitlines()[0]
+        raise BadWeightsFile(f"{path.name} is no checkpoint of {model}: {first}") from error
+    except Exception as error:  # of pickle, whose advice is to run the code that the file holds
         raise BadWeightsFile(
             f"{path.name} is no checkpoint of {model}: it holds no plain tensors.",
             hint="Download it again; a web page or another kind of file may lie in its place.",
         ) from error
-    except (RuntimeError, OSError, KeyError) as error:
-        first = str(error).splitlines()[0]
-        raise BadWeightsFile(f"{path.name} is no checkpoint of {model}: {first}") from error
     mean = getattr(clip.visual, "image_mean", None) or CLIP_MEAN
     std = getattr(clip.visual, "image_std", None) or CLIP_STD
     return ImageEncoder(clip, ImageEncoderConfig({}, tuple(mean), tuple(std), model))

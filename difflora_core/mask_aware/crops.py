@@ -17,8 +17,6 @@ MARGIN = 4
 POINTS_HEIGHT, POINTS_MIDDLE = 0.34, 0.6
 """From eyes to mouth, and where the mean of the five points lies below the top, as shares of a face
 box: 0.31 of drawn faces' boxes, 0.36 where a box is as high as ArcFace's crop of the face."""
-PART_GRID = 64
-"""Cells along the longer side of a mask when its areas are told apart."""
 
 
 @dataclass(frozen=True)
@@ -113,43 +111,6 @@ def landmarks_of_boxes(boxes: Tensor) -> Tensor:
     height = y1 - y0
     middle = torch.stack([(x0 + x1) / 2, y0 + POINTS_MIDDLE * height], -1)
     return middle[:, None] + points * (POINTS_HEIGHT * height)[:, None, None]
-
-
-def mask_parts(mask: Tensor, most: int) -> Tensor:
-    """Boxes [K, 4] in pixels around the separate areas of a mask [H, W], from left to right.
-
-    At most `most` of them, the largest; areas that touch count as one. Each ends where the mask
-    falls to half of its peak there, so that a soft edge moves nothing.
-    """
-    coarse = max(1, round(max(mask.shape) / PART_GRID))
-    grid = F.max_pool2d((mask > 0).float()[None], coarse, ceil_mode=True)[0].cpu() > 0
-    areas = sorted(_areas(grid), key=len, reverse=True)[:most]
-    boxes = [_box_around(mask, area, coarse) for area in areas]
-    return torch.tensor(sorted(boxes), dtype=torch.float32).view(-1, 4)
-
-
-def _areas(grid: Tensor) -> list[list[tuple[int, int]]]:
-    """Cells (row, column) of a bool grid, by connected area."""
-    left = {(int(y), int(x)) for y, x in grid.nonzero()}
-    areas = []
-    while left:
-        area = [left.pop()]
-        for y, x in area:
-            near = left & {(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)}
-            left -= near
-            area += near
-        areas.append(area)
-    return areas
-
-
-def _box_around(mask: Tensor, area: list[tuple[int, int]], coarse: int) -> list[float]:
-    """Of the mask's pixels within some cells that reach half of the highest among them."""
-    pixels = torch.zeros_like(mask)
-    for y, x in area:
-        cell = (slice(y * coarse, (y + 1) * coarse), slice(x * coarse, (x + 1) * coarse))
-        pixels[cell] = mask[cell]
-    y, x = (pixels >= 0.5 * pixels.max()).nonzero(as_tuple=True)
-    return [float(x.min()), float(y.min()), float(x.max()) + 1, float(y.max()) + 1]
 
 
 def box_masks(boxes: Tensor, size: tuple[int, int], upscale: int) -> Tensor:

@@ -29,9 +29,10 @@ from .window import WINDOWS, SigmaWindow
 
 LASTING = 0.3
 """Share of a step that is assumed to last at the first one."""
-FALLBACK, FALLBACK_POWER = 0.19, 0.75
+FALLBACK, FALLBACK_POWER, FALLBACK_SIGMA = 0.19, 0.75, 10.0
 """Without classifier-free guidance a step is FALLBACK sigma^FALLBACK_POWER times the spread of the
-estimate: what scale 2 does in the mini world, within a quarter from sigma 10 down to 0.4."""
+estimate: what scale 2 does in the mini world, within a quarter from sigma 10 down to 0.4. More
+noise than that makes it no longer: schedules that begin in pure noise know no bound."""
 
 
 class Faces(Protocol):
@@ -271,7 +272,7 @@ class Guide:
                 pull = direction.detach().clone().float()
             return self.settings.strength * cfg * masked_rms(windows.cut(pull), inside)
         spread = estimate - estimate.mean((2, 3), keepdim=True)
-        share = FALLBACK * sigma**FALLBACK_POWER
+        share = FALLBACK * min(sigma, FALLBACK_SIGMA) ** FALLBACK_POWER
         return self.settings.strength * share * masked_rms(windows.cut(spread), inside)
 
     def _note_nothing(self, sigma: float) -> None:

@@ -46,15 +46,17 @@ def jittered(plan: Plan, share: float, turn: int) -> Plan:
 
 
 def scaled_step(gradient: Tensor, plan: Plan, parts: int = 1) -> tuple[Tensor, str]:
-    """A step [N, C, h, w] down the gradient, as long as planned, zero outside the mask.
+    """A step [N, C, h, w] down the gradient, as long as planned, weighted by the mask.
 
     Faces whose gradient is zero or not finite stay as they are; a note says so.
     """
-    inside = torch.where(plan.mask > 0, gradient, 0.0) * plan.mask
-    size = masked_rms(inside, plan.mask)
+    inside = torch.where(plan.mask > 0, gradient, 0.0)
+    size = masked_rms(inside, plan.mask)  # of the bare gradient: a grey mask makes a shorter step
     sound = size.isfinite() & (size > 0) & plan.length.isfinite()
     scale = torch.where(sound, plan.length / size, 0.0) / parts
-    step = torch.where(sound[:, None, None, None], -inside * scale[:, None, None, None], 0.0)
+    step = torch.where(
+        sound[:, None, None, None], -inside * plan.mask * scale[:, None, None, None], 0.0
+    )
     broken = int((~size.isfinite() | ~plan.length.isfinite()).sum())
     return step, f"gradient of {broken} face(s) not finite: left alone" if broken else ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,7 +14,8 @@ from torch import Tensor
 from ..errors import DiffLoRAError, NoFaceFound
 from ..face import Face
 from ..photos import Pixels
-from .crops import crop_boxes, landmarks_of_boxes, mask_parts
+from .crops import crop_boxes, landmarks_of_boxes
+from .mask_areas import mask_parts
 from .matching import whose_face
 
 WhenLost = Literal["hold", "skip", "error"]
@@ -27,6 +29,8 @@ FIND_EVERY = 3
 """Guided steps between two looks for faces; in between they are where they were."""
 CLEAR_SIGMA = 1.5
 """Below it an estimate is clear enough that a face which is not found is not there."""
+LARGEST_STAND_IN = 0.5
+"""Share of the picture that an area may take and still say where a face is."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,10 @@ class Tracker:
     when_lost: WhenLost
     held: dict[int, dict[int, Tensor]] = field(default_factory=dict)
     """Picture -> reference -> landmarks [5, 2] on the CPU."""
+    standing_in: set[int] = field(default_factory=set)
+    """Pictures whose places are those of the mask, since no face has been seen there yet."""
+    searched: dict[int, float] = field(default_factory=dict)
+    """Picture -> sigma of its last look."""
     note: str = ""
     """What the last look had to say."""
 
@@ -71,34 +79,63 @@ class Tracker:
         """
         self.note = ""
         if self.finder is None:
-            self._place_by_mask(count)
-        elif step % FIND_EVERY == 0 or len(self.held) < count:
-            for number in range(count):
+            self._place_by_mask(count, sigma)
+            return self._rows()
+        for number in range(count):
+            # that a clear picture shows nobody need not be found out again at once
+            unclear = self.searched.get(number, math.inf) > CLEAR_SIGMA
+            if step % FIND_EVERY == 0 or (number not in self.held and unclear):
                 self._look(number, decode, self.finder, sigma)
+                self.searched[number] = sigma
         return self._rows()
 
-    def _place_by_mask(self, count: int) -> None:
+    def _place_by_mask(self, count: int, sigma: float) -> None:
         if self.mask is None:
             raise DiffLoRAError(
                 "Guidance does not know where the face is.",
                 hint="Connect a face encoder, which finds it, or a mask that covers it.",
             )
-        for picture in range(count):
-            if picture not in self.held:
-                self.held[picture] = self._mask_faces(picture)
+        for number in range(count):
+            if number not in self.held:
+                boxes = self._mask_boxes(number)
+                self.held[number] = dict(enumerate(landmarks_of_boxes(boxes).cpu()))
+            self._note_empty(number, sigma)
 
-    def _mask_faces(self, picture: int) -> dict[int, Tensor]:
-        mask = self._mask_of(picture)
+    def _note_empty(self, number: int, sigma: float) -> None:
+        """Say how many references have no area. Errors: NoFaceFound where none has one."""
+        wanted, areas = self.references.shape[1], len(self.held[number])
+        if areas == wanted:
+            return
+        self._add_note(
+            f"no area in the mask of picture {number + 1} for {wanted - areas} of {wanted} faces"
+        )
+        if not areas and self.when_lost == "error":
+            raise NoFaceFound(
+                f"The mask of picture {number + 1} is empty (sigma {sigma:.2f}).",
+                hint="Mask where the face is to be, or choose hold or skip.",
+            )
+
+    def _mask_boxes(self, number: int) -> Tensor:
+        mask = self._mask_of(number)
+        most = self.references.shape[1]
+        return torch.zeros(0, 4) if mask is None else mask_parts(mask, most)
+
+    def _stand_ins(self, number: int) -> dict[int, Tensor]:
+        """Places for faces that no look has found yet, where the mask says where they are."""
+        mask = self._mask_of(number)
         if mask is None:
             return {}
-        boxes = mask_parts(mask, self.references.shape[1])
-        return dict(enumerate(landmarks_of_boxes(boxes).cpu()))
+        boxes = self._mask_boxes(number)
+        share = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) / mask.numel()
+        return dict(enumerate(landmarks_of_boxes(boxes[share <= LARGEST_STAND_IN]).cpu()))
 
     def _look(self, number: int, decode: Decode, finder: Finder, sigma: float) -> None:
         def faces_of(picture: Tensor) -> list[Face]:
             return [face for face in finder(to_pixels(picture)) if self._inside(face, number)]
 
-        before = self.held.pop(number, {})
+        # places of the mask are nobody's: the faces that are found are matched as at first
+        before = {} if number in self.standing_in else self.held.get(number, {})
+        self._forget(number)
         near = _bounds(before) if len(before) == self.references.shape[1] else None
         picture = decode(number, near)
         faces = faces_of(picture)
@@ -109,8 +146,18 @@ class Tracker:
         gone = {r: points for r, points in before.items() if r not in found}
         if gone or not found:
             gone = self._lost(number, gone, len(found), sigma)
+        if not found and not gone and self.when_lost != "skip":
+            gone = self._stand_ins(number)
+            self.standing_in |= {number} if gone else set()
         if found or gone:
             self.held[number] = found | gone
+
+    def _forget(self, number: int) -> None:
+        self.held.pop(number, None)
+        self.standing_in.discard(number)
+
+    def _add_note(self, note: str) -> None:
+        self.note = "; ".join(part for part in (self.note, note) if part)
 
     def _lost(
         self, number: int, gone: dict[int, Tensor], found: int, sigma: float
@@ -119,16 +166,14 @@ class Tracker:
         what = (
             f"{len(gone)} of {len(gone) + found} faces were lost" if found else "no face was found"
         )
-        self.note = "; ".join(n for n in (self.note, f"{what} in picture {number + 1}") if n)
+        self._add_note(f"{what} in picture {number + 1}")
         if self.when_lost == "error" and sigma <= CLEAR_SIGMA:
             raise NoFaceFound(
                 f"{what[0].upper()}{what[1:]} in picture {number + 1} while it was being painted "
                 f"(sigma {sigma:.2f}).",
                 hint="Ask for a face in the prompt, mask where it is, or choose hold or skip.",
             )
-        if self.when_lost == "skip":
-            return {}
-        return gone or ({} if found else self._mask_faces(number))
+        return {} if self.when_lost == "skip" else gone
 
     def _inside(self, face: Face, number: int) -> bool:
         """Whether the middle of a face lies in the picture's mask."""

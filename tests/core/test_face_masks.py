@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from difflora_core.mask_aware.crops import mask_parts
 from difflora_core.mask_aware.face_masks import Shape, face_mask
+from difflora_core.mask_aware.mask_areas import mask_parts
 
 SIZE, BOX = (96, 128), (30.0, 20.0, 70.0, 80.0)
 

@@ -13,7 +13,6 @@ from difflora_core.mask_aware.crops import (
     face_windows,
     landmarks_of_boxes,
     latent_masks,
-    mask_parts,
 )
 from difflora_core.mask_aware.decoders import FastDecoder
 from tests.core.guidance_parts import face_at, latents, tiny_decoder
@@ -99,18 +98,6 @@ def test_points_of_a_box_lie_in_it_like_a_face() -> None:
     template = torch.pdist(torch.tensor(TEMPLATE))
     ratio = torch.pdist(landmarks_of_boxes(box)[0]) / template
     assert torch.allclose(ratio, ratio.mean().expand_as(ratio), rtol=1e-4)
-
-
-def test_separate_areas_of_a_mask_come_from_left_to_right() -> None:
-    mask = torch.zeros(192, 256)
-    mask[40:100, 150:210] = 0.3
-    mask[60:140, 20:90] = 1
-    mask[5:8, 240:243] = 1
-    wanted = [[20, 60, 90, 140], [150, 40, 210, 100]]
-    assert mask_parts(mask, 2).tolist() == wanted
-    assert mask_parts(mask, 9).tolist() == [*wanted, [240, 5, 243, 8]]
-    assert mask_parts(mask, 1).tolist() == wanted[:1]
-    assert mask_parts(torch.zeros(64, 64), 3).shape == (0, 4)
 
 
 def test_masks_in_latents() -> None:

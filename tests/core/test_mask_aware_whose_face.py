@@ -8,7 +8,7 @@ import torch
 from difflora_core.errors import NoFaceFound
 from difflora_core.mask_aware.guidance import GuidanceSettings
 from difflora_core.mask_aware.matching import whose_face
-from difflora_core.mask_aware.tracking import Tracker
+from difflora_core.mask_aware.tracking import FaceRows, Tracker
 from tests.core.guidance_parts import (
     ALWAYS,
     FACE,
@@ -193,3 +193,69 @@ def test_later_looks_decode_what_is_near_and_all_of_it_where_a_face_is_gone() ->
     assert seen[1] is not None and torch.allclose(seen[1], torch.tensor([20.0, 20, 60, 60]), atol=1)
     assert torch.allclose(rows.landmarks[0], torch.from_numpy(there.landmarks))
     assert not tracker.note
+
+
+def _two_areas() -> torch.Tensor:
+    mask = torch.zeros(1, 192, 192)
+    mask[:, 10:60, 10:60] = 1
+    mask[:, 110:170, 110:170] = 1
+    return mask
+
+
+def _located(tracker: Tracker, sigmas: list[float]) -> list[FaceRows]:
+    return [
+        tracker.locate(1, lambda number, near: torch.zeros(3, 192, 192), step, sigma)
+        for step, sigma in zip(range(0, 3 * len(sigmas), 3), sigmas, strict=True)
+    ]
+
+
+def test_places_of_the_mask_decide_nothing_about_who_is_who() -> None:
+    """The first look finds nobody; at the second one the left face is like the second person."""
+    left, right = face_at(15, 15, 40), face_at(120, 120, 40)
+    alike = references(2).flip(0)
+    tracker = Tracker(
+        Script([[], [left, right]]), lambda p, k: alike[k[:, 0, 0].gt(90).long()],
+        references(2)[None], _two_areas(), "hold",
+    )  # fmt: skip
+    first, second = _located(tracker, [8.0, 2.0])
+    assert len(first) == 2  # the mask stands in
+    whose = dict(zip(second.reference.tolist(), second.landmarks[:, 0, 0].gt(90), strict=True))
+    assert (bool(whose[0]), bool(whose[1])) == (True, False)
+
+
+def test_a_stand_in_that_nobody_takes_is_not_lost() -> None:
+    tracker = Tracker(
+        Script([[], [face_at(15, 15, 40)]]), lambda p, k: references(2)[: len(k)],
+        references(2)[None], _two_areas(), "error",
+    )  # fmt: skip
+    _, second = _located(tracker, [8.0, 1.0])
+    assert len(second) == 1 and not tracker.note
+
+
+def test_a_mask_of_the_whole_picture_stands_in_for_nothing() -> None:
+    x0, guide = latents(), guide_of(finder=always(), mask=torch.ones(1, 192, 192))
+    assert torch.equal(guide.guide(x0, direction_like(x0), 3.0, 1.0), x0)
+
+
+def test_references_without_an_area_are_told_of() -> None:
+    tracker = Tracker(None, lambda p, k: p, references(2)[None], square_mask(), "hold")
+    (rows,) = _located(tracker, [1.0])
+    assert len(rows) == 1
+    assert tracker.note == "no area in the mask of picture 1 for 1 of 2 faces"
+
+
+def test_an_empty_mask_is_an_error_where_that_is_asked_for() -> None:
+    tracker = Tracker(None, lambda p, k: p, references(1)[None], torch.zeros(1, 192, 192), "error")
+    with pytest.raises(NoFaceFound, match="mask of picture 1 is empty"):
+        _located(tracker, [1.0])
+
+
+@pytest.mark.parametrize("sigma, calls", [(5.0, 6), (1.0, 3)])
+def test_a_clear_picture_without_a_face_is_not_searched_at_every_step(
+    sigma: float, calls: int
+) -> None:
+    finder = Script([[]])
+    tracker = Tracker(finder, lambda p, k: p, references(1)[None], None, "hold")
+    for step in range(1, 7):
+        tracker.locate(1, lambda number, near: torch.zeros(3, 64, 64), step, sigma)
+    assert finder.calls == calls  # at once, then every third step

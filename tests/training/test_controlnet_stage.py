@@ -5,22 +5,23 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor
 
-from difflora_core.errors import BadConfig, DiffLoRAError
+from difflora_core.errors import BadConfig, DiffLoRAError, LayoutMismatch
 from tests.training.coco_files import overrides, write_split
 from tests.training.controlnet_world import FEW, inputs, randomised, world
-from tests.training.tiny_sd import write_tiny_sd
+from tests.training.tiny_sd import WIDTH, write_tiny_sd
 from tests.training.tiny_world import write_world
 from training.__main__ import main, open_run
 from training.artifacts import MissingArtifact, artifacts_folder, read_manifest
 from training.config import Config, load_config
-from training.controlnet import stage
+from training.controlnet import people_stage, stage
 from training.controlnet.base_model import open_base
 from training.controlnet.config import ObjectiveConfig
 from training.controlnet.control import new_control, predict_noise
@@ -166,6 +167,42 @@ def test_what_is_no_stable_diffusion_is_explained(tmp_path: Path) -> None:
     schedule.write_text(json.dumps(changed))
     with pytest.raises(DiffLoRAError, match=r"v_prediction.*predict epsilon"):
         open_base(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "sentence"),
+    [
+        ({"in_channels": 9}, DiffLoRAError, "wants 9 channels of input"),
+        ({"addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+          "projection_class_embeddings_input_dim": 64}, DiffLoRAError, "condition 'text_time'"),
+        ({"block_out_channels": (16, 16), "down_block_types": ("DownBlock2D",) * 2,
+          "up_block_types": ("UpBlock2D",) * 2}, LayoutMismatch, "ComfyUI has no names"),
+    ],
+)  # fmt: skip
+def test_other_unets_are_refused_before_anything_is_trained(
+    tmp_path: Path, change: dict[str, Any], error: type[DiffLoRAError], sentence: str
+) -> None:
+    folder = write_tiny_sd(tmp_path / "sd")
+    widths = {"block_out_channels": (16, 32, 48, 48), "attention_head_dim": 4}
+    unet = UNet2DConditionModel(
+        **{**widths, "norm_num_groups": 8, "cross_attention_dim": WIDTH, **change}
+    )
+    unet.save_pretrained(folder / "unet")
+    with pytest.raises(error, match=sentence):
+        stage.Workshop.open(world(tmp_path, f"controlnet.model={folder}"))
+
+
+def test_a_data_set_without_faces_is_refused_where_faces_are_compared(tmp_path: Path) -> None:
+    split = write_split(tmp_path / "coco", 8, seed=0)
+    files = [*overrides("train", split.files), *overrides("validation", split.files)]
+    config = world(
+        tmp_path, *files, "people.count=6", "people.train.wholebody=", "controlnet.data=people"
+    )
+    people_stage.run(config, open_run(config, "build-people-dataset"))
+    with pytest.raises(BadConfig, match="no faces with landmarks"):
+        stage.open_people(config, open_base(config))
+    plain = replace(config, controlnet=replace(config.controlnet, variants=("baseline",)))
+    assert len(stage.open_people(plain, open_base(plain))) == 6
 
 
 def test_the_data_set_has_to_be_built_first(tmp_path: Path) -> None:

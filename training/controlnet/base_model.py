@@ -67,12 +67,10 @@ def _open_folder(folder: Path, device: torch.device) -> BaseModel:
             hint="controlnet.model wants the folder that holds model_index.json.",
         )
     _check_schedule(folder / "scheduler" / "scheduler_config.json")
-    return BaseModel(
-        _opened(AutoencoderKL, folder, "vae", device),
-        _opened(UNet2DConditionModel, folder, "unet", device),
-        _text_encoder(folder, device),
-        folder.name,
-    )
+    vae = _opened(AutoencoderKL, folder, "vae", device)
+    unet = _opened(UNet2DConditionModel, folder, "unet", device)
+    _check_unet(unet, vae, folder.name)
+    return BaseModel(vae, unet, _text_encoder(folder, device), folder.name)
 
 
 def _text_encoder(folder: Path, device: torch.device) -> Callable[[Sequence[str]], Tensor]:
@@ -97,6 +95,18 @@ def _opened(kind: Any, folder: Path, part: str, device: torch.device) -> Any:
         raise DiffLoRAError(f"{folder / part} cannot be opened: {error}") from error
     # diffusers' own `to` warns of a change of dtype even where there is none
     return nn.Module.to(module, device, torch.float32).requires_grad_(False).eval()
+
+
+def _check_unet(unet: Unet, vae: Vae, name: str) -> None:
+    """Errors: DiffLoRAError for U-Nets that want more than a picture, its noise and a prompt."""
+    extra = unet.config.addition_embed_type or unet.config.class_embed_type
+    channels = unet.config.in_channels
+    if extra or channels != vae.config.latent_channels:
+        what = f"the condition {extra!r}" if extra else f"{channels} channels of input"
+        raise DiffLoRAError(
+            f"The U-Net of {name} wants {what}, which is not how Stable Diffusion 1 is built.",
+            hint="SD 1.5 and models that were trained on from it fit; SDXL and inpainting do not.",
+        )
 
 
 def _check_schedule(path: Path) -> None:

@@ -51,7 +51,8 @@ class Checker:
                 for name, values in self._terms(control, rows, t, schedule).items():
                     sums.setdefault(name, []).append(values)
             for name, parts in sums.items():
-                result[f"{name}_{t}"] = round(float(torch.cat(parts).mean()), 5)
+                if len(values := torch.cat(parts)):  # pictures may show no face at all
+                    result[f"{name}_{t}"] = round(float(values.mean()), 5)
         return result
 
     def _terms(

@@ -55,7 +55,7 @@ class ObjectiveConfig:
     """T: the terms count at timesteps below, where the estimate of the picture can be trusted."""
     share: float = 0.4
     """Share of samples drawn from the timesteps below `last`, with weights that leave the expected
-    loss as it is; 0 = uniform timesteps, of which last / 1000 lie below."""
+    loss as it is; up to last / 1000, the natural share, = uniform timesteps."""
     min_snr: float = 5.0
     """Gamma of the min-SNR weight of L_LDM; 0 = plain epsilon loss."""
     per_person: bool = True

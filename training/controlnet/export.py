@@ -9,7 +9,7 @@ it; the block that is written here ends in a convolution of zeros, so any hint a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +68,7 @@ def comfyui_tensors(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str
 
     Errors: LayoutMismatch.
     """
-    base = next((b for b in _BASES if _fits(state, b)), None)
-    if base is None:
-        raise LayoutMismatch(
-            "ComfyUI has no names for this ControlNet.",
-            hint=f"Known are copies of the U-Nets of {', '.join(_BASES)}.",
-        )
+    base = base_of(state)
     names = _original_names(base) | _names_of_control(state)
     tensors = {}
     for key, tensor in state.items():
@@ -82,12 +77,25 @@ def comfyui_tensors(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str
     return tensors, base
 
 
-def _fits(state: Mapping[str, Tensor], base: str) -> bool:
-    """Whether the copied part is that of the base's U-Net, whatever its widths."""
+def base_of(state: Iterable[str]) -> str:
+    """The base model whose U-Net a ControlNet with these names is a copy of.
+
+    Errors: LayoutMismatch.
+    """
     copied = {key.rpartition(".")[0] for key in state if not key.startswith("controlnet_")}
+    base = next((b for b in _BASES if copied == _names_of_copy(b)), None)
+    if base is None:
+        raise LayoutMismatch(
+            "ComfyUI has no names for this ControlNet.",
+            hint=f"Known are copies of the U-Nets of {', '.join(_BASES)}.",
+        )
+    return base
+
+
+def _names_of_copy(base: str) -> set[str]:
+    """Modules of a U-Net that its ControlNet is a copy of, whatever their widths."""
     known = {name for name in _original_names(base) if not name.startswith(("up_", "conv_"))}
-    known -= {name for name in known if name.startswith("add_embedding")}
-    return copied == known | {"conv_in"}
+    return {name for name in known if not name.startswith("add_embedding")} | {"conv_in"}
 
 
 def _original_names(base: str) -> dict[str, str]:

@@ -51,11 +51,11 @@ def draw_steps(
 ) -> tuple[Tensor, Tensor]:
     """Timesteps t [B] int64 and the weights [B] that make their mean that of uniform t."""
     place, last = torch.rand(count, device=device), objective.last
-    if not objective.share:
-        return (place * STEPS).long(), torch.ones(count, device=device)
-    low = torch.rand(count, device=device) < objective.share
-    below, above = place * last, last + place * (STEPS - last)
     natural, share = last / STEPS, objective.share
+    if share <= natural:  # more often is what they are for, and below T = 1000 lies everything
+        return (place * STEPS).long(), torch.ones(count, device=device)
+    low = torch.rand(count, device=device) < share
+    below, above = place * last, last + place * (STEPS - last)
     weights = torch.where(low, natural / share, (1 - natural) / (1 - share))
     return torch.where(low, below, above).long().clamp(max=STEPS - 1), weights
 

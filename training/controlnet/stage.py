@@ -27,8 +27,9 @@ from .checking import Checker, held_out
 from .config import ControlnetConfig, ObjectiveConfig
 from .control import Control, new_control, predict_noise
 from .drawn_people import DrawnPeople
-from .export import export
+from .export import base_of, export
 from .objective import MaskAware, draw_steps, objectives_of
+from .people import Index
 from .people_stage import open_split
 from .read_people import ReadPeople
 
@@ -50,6 +51,7 @@ class Workshop:
     def open(cls, config: Config) -> Workshop:
         """Models and data. Errors: MissingArtifact, BadWeightsFile, DiffLoRAError."""
         base = open_base(config)
+        base_of(new_control(base.unet).state_dict())  # what cannot be exported need not be trained
         loss = open_loss(config, base)
         held = held_out(config, base, config.controlnet.check)
         return cls(config, base, loss, open_people(config, base), Checker(base, config, held, loss))
@@ -82,6 +84,17 @@ def check_networks(settings: ControlnetConfig, objectives: Sequence[ObjectiveCon
                 f"controlnet.{key} is empty, and the mini world's network does not know photos.",
                 hint=f"Give a file of insightface's packs, or set controlnet.objective.{term}=0.",
             )
+
+
+def check_faces(index: Index, objectives: Sequence[ObjectiveConfig]) -> None:
+    """Errors: BadConfig where faces are to be compared, and no picture has one with landmarks."""
+    wanted = any(objective.face > 0 or objective.landmark > 0 for objective in objectives)
+    people = (person for picture in index.pictures for person in picture.people)
+    if wanted and not any(person.landmarks for person in people):
+        raise BadConfig(
+            "The data set has no faces with landmarks, but the objective compares faces.",
+            hint="Give people.train.wholebody and build it again, or set face and landmark to 0.",
+        )
 
 
 def run_name(variant: str, seed: int) -> str:
@@ -151,5 +164,7 @@ def open_people(config: Config, base: BaseModel) -> People:
     """The training pictures. Errors: MissingArtifact, BadIndex."""
     settings = config.controlnet
     if settings.data == "people":
-        return ReadPeople.open(open_split(config, "train"), base, settings)
+        index = open_split(config, "train")
+        check_faces(index, list(objectives_of(settings).values()))
+        return ReadPeople.open(index, base, settings)
     return DrawnPeople.make(base, settings, config.run.seed)
