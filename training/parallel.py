@@ -1,6 +1,6 @@
 """Data-parallel training: one process per device, as torchrun starts them.
 
-    torchrun --nproc-per-node 2 -m training train-base --config training/configs/mini.toml
+    torchrun --nproc-per-node 2 -m training train-base --config X.toml "base.only=[unet]"
 
 Every process draws samples of its own and gradients are averaged, so N processes with
 `batch` samples each make steps of N * batch. Only the first process writes. Without torchrun

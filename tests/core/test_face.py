@@ -120,9 +120,14 @@ def test_a_close_up_in_a_large_picture_takes_little_memory() -> None:
     assert max(max(shape) for shape in shapes if shape != image.shape) <= 1280
 
 
-def test_nothing_is_looked_for_in_a_thin_strip() -> None:
-    finder = encoder()
+def test_a_strip_too_thin_for_the_detector_is_never_given_to_it() -> None:
+    """A real detector reduces it to no pixels at all, and fails."""
+    finder, shapes = encoder(), []
+    detector = finder.analysis.models["detection"]
+    detect = detector.detect
+    detector.detect = lambda bgr, **size: shapes.append(bgr.shape) or detect(bgr, **size)
     assert finder.faces(np.full((64, 40000, 3), 90, np.uint8)) == []
+    assert shapes and all(max(shape) < 4 * min(shape[:2]) for shape in shapes)
 
 
 def test_small_pictures_are_not_enlarged_much() -> None:

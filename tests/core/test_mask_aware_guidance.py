@@ -144,6 +144,21 @@ def test_without_words_the_estimate_sets_the_length(direction: str | None, cfg: 
     assert torch.allclose(steps[0], 2**0.75 * steps[1], atol=1e-5)
 
 
+def test_more_noise_than_a_bound_makes_no_longer_step_without_words() -> None:
+    x0, once = latents(), GuidanceSettings(1.0, ALWAYS, iterations=1)
+    at_bound, above = (guide_of(once).guide(x0, None, 1.0, s) - x0 for s in (10.0, 4000.0))
+    assert torch.allclose(above, at_bound, atol=1e-5) and above.any()
+
+
+def test_a_grey_mask_makes_a_shorter_step() -> None:
+    x0, once = latents(), GuidanceSettings(1.0, ALWAYS, iterations=1)
+    whole, faint = (
+        guide_of(once, mask=share * square_mask()).guide(x0, direction_like(x0), 3.0, 1.0) - x0
+        for share in (1.0, 0.25)
+    )
+    assert torch.allclose(faint, 0.25 * whole, atol=1e-5) and whole.any()
+
+
 @pytest.mark.parametrize("broken", ["network", "decoder", "estimate", "direction"])
 def test_what_is_not_finite_leaves_the_picture_alone(broken: str) -> None:
     decoder, network, x0 = tiny_decoder(), TinyFaceNetwork(), latents(2)

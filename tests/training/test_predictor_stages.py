@@ -81,6 +81,15 @@ def test_end_to_end_can_start_from_nothing(config: Config, tmp_path: Path) -> No
     assert (predictor.value_statistics.std == config.predictor.finetune.fresh_scale).all()
 
 
+def test_end_to_end_is_used_with_the_steps_it_was_trained_to_take(
+    config: Config, tmp_path: Path
+) -> None:
+    words = [*FEW, "predictor.finetune.start=fresh", "predictor.finetune.rollout=3"]
+    config = load_config(tmp_path / "tiny.toml", words)
+    finetune_stage.run(config, open_run(config, "finetune-predictor"))
+    assert Predictor.open(artifact(config, "predictor")).config.sampling.steps == 3
+
+
 def test_end_to_end_goes_on_from_a_finished_predictor(config: Config, tmp_path: Path) -> None:
     finetune = ["predictor.finetune.start=fresh", "predictor.finetune.fresh_scale=0.07"]
     first = load_config(tmp_path / "tiny.toml", [*FEW, *finetune])
