@@ -15,24 +15,16 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from .errors import BadWeightsFile, DiffLoRAError, NoFaceFound
 from .face_crop import numbered_crops, sharpness
+from .face_detection import DETECTION_SIZES, detect
 from .photos import Pixels
 
 Choice = Literal["largest", "leftmost", "rightmost", "topmost", "center"] | int
 """Which face: by size or place, or by its number, counted from 1 at the left."""
 
 CHOICES: tuple[str, ...] = ("largest", "leftmost", "rightmost", "topmost", "center")
-#: tried in turn until a face is found: a detector misses faces that fill its whole field
-DETECTION_SIZES = (640, 448, 320, 256, 192, 128)
-#: small pictures are not enlarged beyond this, where a detector only sees blur
-MAX_ENLARGEMENT = 2.5
-#: border added on each side, as a share of the longer side, when no size finds a face
-CLOSE_UP_BORDER = 0.5
-#: longest side in pixels with that border; a wide one around a large picture would take gigabytes
-CLOSE_UP_SIDE = 2 * max(DETECTION_SIZES)
 #: where an analysis that we opened remembers its pack, whose files may lie in another-named folder
 _NAME = "difflora_pack"
 #: of a face number; Python refuses to read thousands of them
@@ -143,37 +135,13 @@ class FaceEncoder:
     def faces(self, image: Pixels) -> list[Face]:
         """Every face of a picture [H, W, 3], uint8 RGB, from left to right; empty if none."""
         bgr = np.ascontiguousarray(image[..., ::-1])
-        boxes, points = self._detect(bgr)
+        boxes, points = detect(self.analysis.models["detection"], bgr, self.sizes)
         found = [self._describe(image, bgr, b, p) for b, p in zip(boxes, points, strict=True)]
         return sorted(found, key=lambda face: face.centre)
 
     def face(self, image: Pixels, choice: Choice = "largest") -> Face:
         """The chosen face of a picture. Errors: NoFaceFound."""
         return choose_face(self.faces(image), choice)
-
-    def _detect(self, bgr: Pixels) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Boxes with scores [N, 5] and landmarks [N, 5, 2], in pixels of the picture."""
-        found = self._detect_at_sizes(bgr)
-        if len(found[0]):
-            return found
-        small, scale = _shrunk(bgr, round(CLOSE_UP_SIDE / (1 + 2 * CLOSE_UP_BORDER)))
-        border = round(max(small.shape[:2]) * CLOSE_UP_BORDER)
-        padded = np.pad(small, ((border, border), (border, border), (0, 0)))
-        boxes, points = self._detect_at_sizes(padded)
-        boxes[:, :4] = (boxes[:, :4] - border) * np.tile(scale, 2)
-        return boxes, (points - border) * scale
-
-    def _detect_at_sizes(self, bgr: Pixels) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        longest, shortest = max(bgr.shape[:2]), min(bgr.shape[:2])
-        limit = max(MAX_ENLARGEMENT * longest, min(self.sizes))
-        # of a thin strip nothing is left at the size of the detector, which then fails
-        usable = [s for s in self.sizes if s <= limit and s * shortest >= 2 * longest]
-        for size in usable:
-            # the size must be an argument: since insightface 1.0 the attribute is ignored
-            boxes, points = self.analysis.models["detection"].detect(bgr, input_size=(size, size))
-            if points is not None and len(boxes):
-                return boxes.astype(np.float32), points.astype(np.float32)
-        return np.zeros((0, 5), np.float32), np.zeros((0, 5, 2), np.float32)
 
     def _describe(
         self, image: Pixels, bgr: Pixels, box: NDArray[np.float32], points: NDArray[np.float32]
@@ -254,15 +222,6 @@ def _numbered(faces: Sequence[Face], number: int) -> Face:
 def _distance_from_middle(face: Face) -> float:
     width, height = face.picture
     return (face.centre[0] - width / 2) ** 2 + (face.centre[1] - height / 2) ** 2
-
-
-def _shrunk(bgr: Pixels, longest: int) -> tuple[Pixels, NDArray[np.float32]]:
-    """The picture with no side above `longest`, and the factors of x and y back to the old one."""
-    height, width = bgr.shape[:2]
-    share = min(1.0, longest / max(height, width))
-    size = max(1, round(width * share)), max(1, round(height * share))
-    small = np.asarray(Image.fromarray(bgr).resize(size)) if share < 1 else bgr
-    return small, np.array([width / size[0], height / size[1]], np.float32)
 
 
 def _subfolders(place: Path) -> list[Path]:

@@ -107,8 +107,7 @@ class GuidedSampling:
                 run.note = window.warning(run.schedule)
                 guide = stack.enter_context(self._guide(guider.model_patcher, window, noise))
                 run.steps, run.strips = guide.log, guide.strips
-                steer = Steering(guide, sampling, run)
-                comfy.model_patcher.set_model_options_post_cfg_function(guider.model_options, steer)
+                Steering(guide, sampling, run).hook_into(guider.model_options)
             if run.note:
                 logger.warning("Mask-Aware Guidance: %s", run.note)
             try:
@@ -166,23 +165,51 @@ class GuidedSampling:
                 self.fast.to("cpu")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Steering:
-    """Stands behind classifier-free guidance (sampler_post_cfg_function) for one run."""
+    """Guides the estimate of each step of one run, after everything else that changes it.
+
+    Guiders may scale what classifier-free guidance gives (Dual CFG does, eight times), so a step is
+    taken where the sampler gets the estimate; behind classifier-free guidance we only listen.
+    """
 
     guide: Guide
     sampling: Any
     """The model's comfy.model_sampling."""
     run: GuidedRun
+    direction: Tensor | None = None
+    """Conditional minus unconditional estimate of the step; None without the latter."""
+    scale: float = 1.0
+    """Of classifier-free guidance."""
 
-    def __call__(self, seen: dict[str, Any]) -> Tensor:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        begin = time.perf_counter()
+    def hook_into(self, options: dict[str, Any]) -> None:
+        """Listen and guide in a run with these model options."""
+        comfy.model_patcher.set_model_options_post_cfg_function(options, self.listen)
+        comfy.patcher_extension.add_wrapper_with_key(
+            comfy.patcher_extension.WrappersMP.PREDICT_NOISE,
+            KEY,
+            self,
+            options,
+            is_model_options=True,
+        )
+
+    def listen(self, seen: dict[str, Any]) -> Tensor:
+        """Stands behind classifier-free guidance (sampler_post_cfg_function)."""
         # at CFG 1 samplers leave the unconditional half out and pass zeros instead of it
         both = seen.get("uncond") is not None
-        direction = seen["cond_denoised"] - seen["uncond_denoised"] if both else None
-        sigma = noise_ratio(self.sampling, float(seen["sigma"].max()))
-        guided = self.guide.guide(seen["denoised"], direction, float(seen["cond_scale"]), sigma)
+        self.direction = seen["cond_denoised"] - seen["uncond_denoised"] if both else None
+        self.scale = float(seen["cond_scale"])
+        return seen["denoised"]
+
+    def __call__(
+        self, executor: Any, x: Tensor, timestep: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        self.direction = None
+        estimate = executor(x, timestep, *args, **kwargs)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        begin = time.perf_counter()
+        sigma = noise_ratio(self.sampling, float(timestep.max()))
+        guided = self.guide.guide(estimate, self.direction, self.scale, sigma)
         self.run.guiding += time.perf_counter() - begin
         return guided
 

@@ -107,30 +107,48 @@ def test_detailers_sample_again_with_the_same_model(host: Host) -> None:
     assert len(host.run(prompt)["log"].runs) == 2  # those before belong to another job
 
 
-def test_guiders_of_custom_sampling(host: Host) -> None:
-    """The same picture as from a KSampler."""
-    custom = guidance() | {
-        "guider": node(
-            "CFGGuider", model=["guide", 0], positive=["yes", 0], negative=["no", 0], cfg=4.0
-        ),
+def with_guider(prompt: dict[str, Any], model: str, steps: int, kind: str, **inputs: Any) -> dict:
+    """The prompt with custom sampling in place of its KSampler."""
+    schedule = {"scheduler": "normal", "steps": steps, "denoise": 1.0}
+    prompt |= {
+        "guider": node(kind, model=[model, 0], **inputs),
         "solver": node("KSamplerSelect", sampler_name="euler"),
-        "sigmas": node(
-            "BasicScheduler", model=["guide", 0], scheduler="normal", steps=4, denoise=1.0
-        ),
+        "sigmas": node("BasicScheduler", model=[model, 0], **schedule),
         "noise": node("RandomNoise", noise_seed=1),
     }
-    prompt = guided(custom)
-    prompt["sample"] = node(
-        "SamplerCustomAdvanced",
-        noise=["noise", 0],
-        guider=["guider", 0],
-        sampler=["solver", 0],
-        sigmas=["sigmas", 0],
-        latent_image=["empty", 0],
-    )
+    names = ("noise", "guider", "sigmas")
+    links = {name: [name, 0] for name in names} | {"sampler": ["solver", 0]}
+    prompt["sample"] = node("SamplerCustomAdvanced", **links, latent_image=["empty", 0])
+    return prompt
+
+
+def test_guiders_of_custom_sampling(host: Host) -> None:
+    """The same picture as from a KSampler."""
+    conditions = {"positive": ["yes", 0], "negative": ["no", 0]}
+    prompt = with_guider(guided(guidance()), "guide", 4, "CFGGuider", **conditions, cfg=4.0)
     values = host.run(prompt)
     assert faces(values) == [1] * 4
     assert torch.equal(latents(values), latents(host.run(guided(guidance()))))
+
+
+@pytest.mark.parametrize("style", ["regular", "nested"])
+def test_a_step_is_as_long_whatever_the_guider_scales(host: Host, style: str) -> None:
+    """Dual CFG multiplies what comes from classifier-free guidance by its second scale."""
+
+    def step(outer: float) -> float:
+        conditions = {"cond1": ["yes", 0], "cond2": ["other", 0], "negative": ["no", 0]}
+        scales = {"cfg_conds": 4.0, "cfg_cond2_negative": outer, "style": style}
+        pictures = []
+        for prompt, model in ((unguided(), "mini"), (guided(guidance()), "guide")):
+            prompt["other"] = node("CLIPTextEncode", clip=["mini", 1], text="a person in a hat")
+            dual = with_guider(prompt, model, 1, "DualCFGGuider", **conditions, **scales)
+            pictures.append(latents(host.run(dual)))
+        change = pictures[1] - pictures[0]
+        # in a regular one the second scale is that of the pull which a step is as long as
+        return float(change.square().mean().sqrt()) / (outer if style == "regular" else 1.0)
+
+    assert step(8.0) == pytest.approx(step(2.0), rel=0.05)
+    assert step(8.0) > 0
 
 
 def test_inpainting_keeps_what_is_not_masked(host: Host) -> None:

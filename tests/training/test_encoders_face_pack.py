@@ -169,6 +169,18 @@ def test_shipped_pack_tells_people_apart() -> None:
 
 
 @shipped
+@pytest.mark.parametrize("side", [256, 1024])
+def test_shipped_pack_knows_people_in_larger_pictures(side: int) -> None:
+    """Enlarged, faces fill more of the detector's field than it places well in one look."""
+    unit, images, _ = shipped_embeddings()
+    encoder = FaceEncoder.open(SHIPPED_PACK)
+    large = F.interpolate(images[::3].float(), (side, side), mode="bicubic").clamp(0, 255)
+    faces = [encoder.face(image.permute(1, 2, 0).round().byte().numpy()) for image in large]
+    seen = torch.from_numpy(np.stack([face.unit_embedding for face in faces]))
+    assert (seen * unit[:, 0]).sum(-1).mean() > 0.8
+
+
+@shipped
 def test_shipped_pack_agrees_with_its_twin() -> None:
     unit, images, points = shipped_embeddings()
     twin = Recogniser.open(SHIPPED / "recogniser.safetensors")
