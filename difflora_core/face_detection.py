@@ -64,8 +64,8 @@ def _at_sizes(detector: Any, bgr: Pixels, sizes: Sequence[int]) -> Detections:
 
 
 def joined(near: Detections, far: Detections, largest: float) -> Detections:
-    """What two looks see: faces longer than `largest` pixels as the far one does, in whose field they
-    are smaller, the others as the near one. What only the near one sees stays, whatever its size.
+    """What two looks see: faces longer than `largest` pixels as the far one does, which they fill
+    less, the others as the near one. What only the near one sees stays, whatever its size.
     """
     sure = ~(_above(far[0]) & (shared(far[0], far[0]) >= _SAME_FACE)).any(1)
     big = sure & ((far[0][:, 2:4] - far[0][:, :2]).max(1) > largest)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from difflora_core.mask_aware.crops import MARGIN, crop_boxes, face_windows
+from difflora_core.mask_aware.crops import MARGIN, alike, crop_boxes, face_windows
 from difflora_core.mask_aware.losses import Term, face_distance
 from difflora_core.mask_aware.networks import FaceActivations, FaceNetwork
 from difflora_core.mask_aware.pairing import FlatFaces
@@ -33,11 +33,18 @@ class FaceTerm:
     def of_latents(self, ours: Tensor, theirs: Tensor, faces: FlatFaces) -> Term:
         """Scaled latents [B, 4, h, w] twice -> [B]; gradients reach `ours`.
 
-        Only windows around the faces are decoded, of both in the same way.
+        Only windows around the faces are decoded, of both in the same way, and faces of like size
+        together: a small one in the window of a large one would cost as much as that.
         """
         if not len(faces):
             nothing = ours.new_zeros(len(ours))
             return Term(nothing, nothing > 0)
+        groups = alike(crop_boxes(faces.landmarks), len(faces))
+        parts = [self._in_windows(ours, theirs, faces.rows(rows)) for rows in groups]
+        return faces.per_picture(torch.cat(parts)[torch.cat(groups).argsort()])
+
+    def _in_windows(self, ours: Tensor, theirs: Tensor, faces: FlatFaces) -> Tensor:
+        """Distances [N] of faces, each seen in a window of the latents."""
         size, upscale = (ours.shape[-2], ours.shape[-1]), self.decoder.upscale
         boxes = crop_boxes(faces.landmarks)
         windows = face_windows(faces.picture, boxes, size, upscale, MARGIN)
@@ -49,7 +56,7 @@ class FaceTerm:
         estimate = self.decoder(windows.cut(ours)).pictures
         with torch.no_grad():
             truth = self.decoder(windows.cut(theirs)).pictures
-        return faces.per_picture(self._distance(moved.crops(estimate), moved.crops(truth)))
+        return self._distance(moved.crops(estimate), moved.crops(truth))
 
     def of_pictures(self, ours: Tensor, theirs: Tensor, faces: FlatFaces) -> Term:
         """Pictures [B, 3, H, W] in 0..1 twice -> [B]."""

@@ -89,6 +89,25 @@ def face_windows(
     return Windows(picture.cpu(), start[:, 1], start[:, 0], height, width)
 
 
+def alike(boxes: Tensor, most: int, room: float = float("inf")) -> list[Tensor]:
+    """Rows of boxes [N, 4] in groups that can share a window size, the largest boxes first.
+
+    None has less than half the area of the largest in its group. A group has at most `most` rows,
+    and as many boxes as its largest take at most `room` square pixels, unless it is alone.
+    """
+    areas: list[float] = (boxes[:, 2:] - boxes[:, :2]).prod(1).tolist()
+    groups: list[list[int]] = []
+    for row in sorted(range(len(areas)), key=lambda row: -areas[row]):
+        group = groups[-1] if groups else []
+        largest = areas[group[0]] if group else 0.0
+        fits = len(group) < most and (len(group) + 1) * largest <= room
+        if group and fits and areas[row] >= largest / 2:
+            group.append(row)
+        else:
+            groups.append([row])
+    return [torch.tensor(sorted(group)) for group in groups]
+
+
 def crop_boxes(landmarks: Tensor) -> Tensor:
     """Upright boxes [N, 4] around ArcFace's crops of faces with these landmarks [N, 5, 2]."""
     template = torch.tensor(TEMPLATE, device=landmarks.device).expand(len(landmarks), 5, 2)

@@ -8,6 +8,7 @@ step and gigabytes of memory for models of Stable Diffusion's size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -39,13 +40,18 @@ def guide_through(
     with torch.inference_mode(False), torch.enable_grad():
         kept = x0.detach().clone()
         estimate = kept.float()
-        plan = guide.plan(estimate, direction, cfg, sigma)
-        if plan is None:
-            return x0
+        pull = None if direction is None else direction.detach().clone().float()
+        plans = guide.plans(estimate, pull, cfg, sigma)
         leaf = noisy.detach().clone().requires_grad_(True)
-        loss, crops = guide.look(plan.windows.cut(denoise(leaf).float()), plan)
-        gradient = torch.autograd.grad(loss.sum(), leaf)[0].float()
-        step, note = scaled_step(plan.windows.cut(gradient), plan)
-        guide.note(sigma, plan, loss, crops, note)
-        guided = plan.windows.add_back(estimate, step)
+        guided, looks = estimate, []
+        if plans:
+            turn, seen = guide.turns(1)[0], denoise(leaf).float()
+            looks = [guide.look(plan.windows.cut(seen), plan, turn) for plan in plans]
+            total = torch.cat([look.loss for look in looks]).sum()
+            gradient = torch.autograd.grad(total, leaf)[0].float()
+            for i, plan in enumerate(plans):
+                step, note = scaled_step(plan.windows.cut(gradient), plan)
+                guided = plan.windows.add_back(guided, step)
+                looks[i] = replace(looks[i], note=note)
+        guide.note(sigma, plans, looks)
         return torch.where(guided != estimate, guided.to(kept.dtype), kept)

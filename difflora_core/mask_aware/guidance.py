@@ -6,7 +6,8 @@ The gradient is taken with respect to the estimate, not through the denoiser, as
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,21 +19,19 @@ from torch import Tensor, nn
 
 from ..errors import DiffLoRAError
 from ..face_crop import align
-from .crops import MARGIN, Windows, box_masks, crop_boxes, face_windows, latent_masks
+from .crops import MARGIN, alike, box_masks, crop_boxes, face_windows, latent_masks
 from .decoders import Decoder, frozen_clone
 from .losses import face_distance
 from .networks import FaceActivations
-from .steps import Plan, jittered, masked_rms, scaled_step, smoothed
+from .steps import Look, Plan, jittered, scaled_step, smoothed, unit_length
 from .tiles import decode_around, decode_in_tiles
 from .tracking import FaceRows, Finder, Tracker, WhenLost
 from .window import WINDOWS, SigmaWindow
 
+AT_ONCE = 4
+"""Most faces that are differentiated together: the face network keeps up to 0.1 GB for each."""
 LASTING = 0.3
 """Share of a step that is assumed to last at the first one."""
-FALLBACK, FALLBACK_POWER, FALLBACK_SIGMA = 0.19, 0.75, 10.0
-"""Without classifier-free guidance a step is FALLBACK sigma^FALLBACK_POWER times the spread of the
-estimate: what scale 2 does in the mini world, within a quarter from sigma 10 down to 0.4. More
-noise than that makes it no longer: schedules that begin in pure noise know no bound."""
 
 
 class Faces(Protocol):
@@ -139,53 +138,70 @@ class Guide:
         with torch.inference_mode(False), torch.enable_grad():
             kept = x0.detach().clone()
             estimate = kept.float()
-            plan = self.plan(estimate, direction, cfg, sigma)
-            if plan is None:
+            pull = None if direction is None else direction.detach().clone().float()
+            plans = self.plans(estimate, pull, cfg, sigma)
+            guided = self._descend(estimate, plans, sigma, lasting)
+            if not plans:
                 return x0
-            guided = self._descend(estimate, plan, sigma, lasting)
             return torch.where(guided != estimate, guided.to(kept.dtype), kept)
 
-    def plan(
+    def plans(
         self, estimate: Tensor, direction: Tensor | None, cfg: float, sigma: float
-    ) -> Plan | None:
-        """Faces, windows, masks and lengths of a step; None where there is nothing to guide."""
+    ) -> list[Plan]:
+        """Faces, windows, masks and lengths of a step; none where there is nothing to guide.
+
+        Faces of like size are together, up to a picture's worth of them: a small face in the window
+        of a large one would cost as much as that.
+        """
         faces = self._locate(estimate, sigma)
         size, upscale = (estimate.shape[-2], estimate.shape[-1]), self.decoder.upscale
         boxes = crop_boxes(faces.landmarks)
         masks = self._face_masks(faces, boxes, size)
         seen = masks.flatten(1).amax(1) > 0
-        if not bool(seen.any()):
-            self._note_nothing(sigma)
-            return None
-        faces, masks = faces.of(seen.cpu()), masks[seen]
-        windows = face_windows(faces.picture, boxes[seen], size, upscale, self.settings.margin)
-        rows = torch.arange(len(faces))
-        own = Windows(rows, windows.top, windows.left, windows.height, windows.width)
-        inside = own.cut(masks[:, None])
-        length = self._length(windows, inside, estimate, direction, cfg, sigma)
-        return Plan(faces, windows, windows.part(boxes[seen], upscale), inside, length)
+        faces, boxes, masks = faces.of(seen.cpu()), boxes[seen], masks[seen]
+        plans = []
+        for rows in alike(boxes, AT_ONCE, upscale**2 * size[0] * size[1]):
+            few, here = faces.of(rows), boxes[rows]
+            windows = face_windows(few.picture, here, size, upscale, self.settings.margin)
+            inside = replace(windows, picture=torch.arange(len(few))).cut(masks[rows][:, None])
+            length = unit_length(windows, inside, estimate, direction, cfg, sigma)
+            length = self.settings.strength * length
+            plans.append(Plan(rows, few, windows, windows.part(here, upscale), inside, length))
+        return plans
 
-    def look(self, latents: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        """Loss [N] of decoded windows [N, C, h, w], and the aligned faces [N, 3, size, size].
+    def turns(self, count: int) -> range:
+        """The numbers of the next looks, each of which sees the faces a little otherwise."""
+        self._looks += count
+        return range(self._looks - count, self._looks)
 
-        Every call sees the faces a little otherwise, as the settings' jitter says.
-        """
-        plan, mirrored = self._view(plan)
+    def look(self, latents: Tensor, plan: Plan, turn: int) -> Look:
+        """At a plan's windows [N, C, h, w]; differentiable."""
+        plan, mirrored = self._view(plan, turn)
         pictures = self.decoder(latents, plan.part)
         points = plan.windows.shifted(plan.faces.landmarks, self.decoder.upscale)
         crops = align(pictures, points, self.size)
         own = plan.faces.picture if len(self._references) > 1 else plan.faces.picture * 0
         # of the person only an embedding is known, so the face loss compares that
         wanted = FaceActivations((), self._references[own, plan.faces.reference])
-        return face_distance(self.network(crops.flip(-1) if mirrored else crops), wanted), crops
+        return Look(
+            face_distance(self.network(crops.flip(-1) if mirrored else crops), wanted), crops
+        )
 
-    def note(self, sigma: float, plan: Plan, loss: Tensor, crops: Tensor, note: str = "") -> None:
+    def note(self, sigma: float, plans: Sequence[Plan], looks: Sequence[Look]) -> None:
         """Add a step to the log and its faces to the strips."""
-        values = loss.detach().float()
+        said = [self._tracker.note if self._tracker else "", *(look.note for look in looks)]
+        if not plans:
+            nothing = GuideStep(sigma, float("nan"), float("nan"), 0, said[0] or "no face to guide")
+            self.log.append(nothing)
+            return
+        values = torch.cat([look.loss for look in looks]).detach().float()
         mean = float(values[values.isfinite()].mean())
-        notes = "; ".join(n for n in (self._tracker.note if self._tracker else "", note) if n)
-        self.log.append(GuideStep(sigma, mean, 1 - mean, len(plan.faces), notes))
-        levels = (crops.detach().float().nan_to_num().clamp(0, 1) * 255).round().byte().cpu()
+        self.log.append(
+            GuideStep(sigma, mean, 1 - mean, len(values), "; ".join(note for note in said if note))
+        )
+        order = torch.cat([plan.rows for plan in plans]).argsort()
+        crops = torch.cat([look.crops for look in looks]).detach().float().cpu()[order]
+        levels = (crops.nan_to_num().clamp(0, 1) * 255).round().byte()
         self.strips.append(rearrange(levels, "n c h w -> n h w c").numpy())
 
     def acts(self, sigma: float) -> bool:
@@ -194,31 +210,43 @@ class Guide:
             return False
         return self._mask is None or bool((self._mask > 0).any())
 
-    def _view(self, plan: Plan) -> tuple[Plan, bool]:
+    def _view(self, plan: Plan, turn: int) -> tuple[Plan, bool]:
         """The plan with jittered landmarks, and whether the network sees faces mirrored."""
-        turn, self._looks = self._looks, self._looks + 1
         if not self.settings.jitter:
             return plan, False
         return jittered(plan, self.settings.jitter, turn), turn % 2 == 1
 
-    def _descend(self, estimate: Tensor, plan: Plan, sigma: float, lasting: float) -> Tensor:
-        total = torch.zeros_like(plan.windows.cut(estimate))
-        for iteration in range(self.settings.iterations):
+    def _descend(
+        self, estimate: Tensor, plans: Sequence[Plan], sigma: float, lasting: float
+    ) -> Tensor:
+        turns = self.turns(self.settings.iterations) if plans else range(0)
+        steps = [self._step(estimate, plan, lasting, turns) for plan in plans]
+        self.note(sigma, plans, [look for _, look in steps])
+        for plan, (step, _) in zip(plans, steps, strict=True):
+            estimate = plan.windows.add_back(estimate, step)
+        return estimate
+
+    def _step(
+        self, estimate: Tensor, plan: Plan, lasting: float, turns: Sequence[int]
+    ) -> tuple[Tensor, Look]:
+        """What is added to a plan's windows, and what the first look saw."""
+        total, looks = torch.zeros_like(plan.windows.cut(estimate)), []
+        for turn in turns:
             # where the picture will be once the sampler has gone its part of the way: a gradient
             # at the end of the whole step would correct an error that is never made
             reached = plan.windows.add_back(estimate, lasting * total)
-            gradient, loss, crops = self._gradient(plan.windows.cut(reached), plan)
-            step, note = scaled_step(gradient, plan, self.settings.iterations)
-            if iteration == 0:
-                self.note(sigma, plan, loss, crops, note)
+            gradient, look = self._gradient(plan.windows.cut(reached), plan, turn)
+            step, note = scaled_step(gradient, plan, len(turns))
+            looks.append(replace(look, note=note))
             total = total + step
-        return plan.windows.add_back(estimate, total)
+        return total, looks[0]
 
-    def _gradient(self, latents: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    def _gradient(self, latents: Tensor, plan: Plan, turn: int) -> tuple[Tensor, Look]:
         leaf = latents.detach().requires_grad_(True)
-        loss, crops = self.look(leaf, plan)
-        gradient = torch.autograd.grad(loss.sum(), leaf)[0]
-        return smoothed(gradient, plan, self.settings.smoothing), loss, crops
+        look = self.look(leaf, plan, turn)
+        gradient = torch.autograd.grad(look.loss.sum(), leaf)[0]
+        seen = Look(look.loss.detach(), look.crops.detach())
+        return smoothed(gradient, plan, self.settings.smoothing), seen
 
     def _lasts(self, sigma: float) -> float:
         """The share of a change of x_0 that first-order samplers take over: 1 - next / sigma.
@@ -261,23 +289,6 @@ class Guide:
         allowed = latent_masks(self._mask.to(masks), size)
         own = faces.picture if len(allowed) > 1 else faces.picture * 0
         return masks * allowed[own]
-
-    def _length(
-        self, windows: Windows, inside: Tensor, estimate: Tensor, direction: Tensor | None,
-        cfg: float, sigma: float,
-    ) -> Tensor:  # fmt: skip
-        """FreeDoM's rule (Yu et al., 2023): as long as what classifier-free guidance does."""
-        if direction is not None and cfg not in (0, 1) and bool((direction != 0).any()):
-            with torch.inference_mode(False):
-                pull = direction.detach().clone().float()
-            return self.settings.strength * cfg * masked_rms(windows.cut(pull), inside)
-        spread = estimate - estimate.mean((2, 3), keepdim=True)
-        share = FALLBACK * min(sigma, FALLBACK_SIGMA) ** FALLBACK_POWER
-        return self.settings.strength * share * masked_rms(windows.cut(spread), inside)
-
-    def _note_nothing(self, sigma: float) -> None:
-        note = self._tracker.note if self._tracker else ""
-        self.log.append(GuideStep(sigma, float("nan"), float("nan"), 0, note or "no face to guide"))
 
 
 def _unit_rows(references: Tensor) -> Tensor:

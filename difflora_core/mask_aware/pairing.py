@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,6 +42,12 @@ class FlatFaces:
 
     def __len__(self) -> int:
         return len(self.picture)
+
+    def rows(self, rows: Tensor) -> FlatFaces:
+        """Some of the faces, of the same pictures."""
+        return replace(
+            self, picture=self.picture[rows], boxes=self.boxes[rows], landmarks=self.landmarks[rows]
+        )
 
     @property
     def widths(self) -> Tensor:

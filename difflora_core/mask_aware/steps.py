@@ -15,11 +15,18 @@ from .tracking import FaceRows
 FACE_GRAIN = 1 / 7
 """Reach of smoothing, standard deviation per side of the face's crop."""
 
+FALLBACK, FALLBACK_POWER, FALLBACK_SIGMA = 0.19, 0.75, 10.0
+"""Without classifier-free guidance a step is FALLBACK sigma^FALLBACK_POWER times the spread of the
+estimate: what scale 2 does in the mini world, within a quarter from sigma 10 down to 0.4. More
+noise than that makes it no longer: schedules that begin in pure noise know no bound."""
+
 
 @dataclass(frozen=True)
 class Plan:
-    """What one step works on: N faces of the batch."""
+    """What one step works on: N faces of the batch, of like size."""
 
+    rows: Tensor
+    """[N] int64: their numbers among all faces of the step."""
     faces: FaceRows
     windows: Windows
     part: Part
@@ -28,6 +35,18 @@ class Plan:
     """[N, 1, height, width] 0..1, where each face's window may change."""
     length: Tensor
     """[N] root mean square of the step within the mask."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a face network saw of a plan's faces."""
+
+    loss: Tensor
+    """[N]"""
+    crops: Tensor
+    """The aligned faces [N, 3, size, size]."""
+    note: str = ""
+    """What went otherwise than planned."""
 
 
 def jittered(plan: Plan, share: float, turn: int) -> Plan:
@@ -43,6 +62,21 @@ def jittered(plan: Plan, share: float, turn: int) -> Plan:
     # landmarks nearer to the middle of a crop make ArcFace's crop smaller about it
     moved = points + shift[:, None] - share * shrink * (points - middle[:, None])
     return replace(plan, faces=replace(plan.faces, landmarks=moved))
+
+
+def unit_length(
+    windows: Windows, inside: Tensor, estimate: Tensor, direction: Tensor | None, cfg: float,
+    sigma: float,
+) -> Tensor:  # fmt: skip
+    """Length [N] of a step of strength 1 in windows with masks `inside`.
+
+    As long as what classifier-free guidance does there (FreeDoM, Yu et al., 2023).
+    """
+    if direction is not None and cfg not in (0, 1) and bool((direction != 0).any()):
+        return cfg * masked_rms(windows.cut(direction), inside)
+    spread = estimate - estimate.mean((2, 3), keepdim=True)
+    share = FALLBACK * min(sigma, FALLBACK_SIGMA) ** FALLBACK_POWER
+    return share * masked_rms(windows.cut(spread), inside)
 
 
 def scaled_step(gradient: Tensor, plan: Plan, parts: int = 1) -> tuple[Tensor, str]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from difflora_core.face_crop import TEMPLATE, align
 from difflora_core.mask_aware.crops import (
+    alike,
     box_masks,
     crop_boxes,
     face_windows,
@@ -107,3 +108,12 @@ def test_masks_in_latents() -> None:
     pixels = torch.zeros(1, 24, 32)
     pixels[0, :8, :4] = 1
     assert latent_masks(pixels, (3, 4))[0, 0].tolist() == [0.5, 0, 0, 0]
+
+
+def test_boxes_of_like_size_share_a_window() -> None:
+    sides = torch.tensor([60.0, 300, 50, 250, 64, 62, 58])
+    boxes = torch.stack([0 * sides, 0 * sides, sides, sides], 1)
+    groups = [group.tolist() for group in alike(boxes, 4)]
+    assert groups == [[1, 3], [0, 4, 5, 6], [2]]
+    assert [group.tolist() for group in alike(boxes, 7, room=300.0**2)][:2] == [[1], [3]]
+    assert alike(boxes[:0], 4) == []

@@ -25,6 +25,7 @@ from tests.core.guidance_parts import (
     TinyFaceNetwork,
     always,
     direction_like,
+    face_at,
     guide_of,
     latents,
     references,
@@ -225,7 +226,8 @@ def test_a_smoothed_point_is_a_gaussian_as_wide_as_the_face_asks() -> None:
     gradient[0, 0, 10, 10] = 1
     faces = FaceRows(torch.zeros(1).long(), torch.zeros(1).long(), torch.zeros(1, 5, 2))
     windows = Windows(torch.zeros(1).long(), torch.zeros(1).long(), torch.zeros(1).long(), 21, 21)
-    plan = Plan(faces, windows, Part(0, 21, 0, 21), torch.ones(1, 1, 21, 21), torch.ones(1))
+    part, ones = Part(0, 21, 0, 21), torch.ones(1, 1, 21, 21)
+    plan = Plan(torch.zeros(1).long(), faces, windows, part, ones, torch.ones(1))
     wanted = gaussian_filter(gradient[0, 0].numpy(), 21 / 7, mode="constant", truncate=9)
     found = smoothed(gradient, plan, 1.0)[0, 0].numpy()
     middle = slice(6, 15)  # the rows of the filter end at the mask, at their proper weight
@@ -233,6 +235,26 @@ def test_a_smoothed_point_is_a_gaussian_as_wide_as_the_face_asks() -> None:
     assert np.allclose(
         (found / found.max())[middle, middle], (wanted / wanted.max())[middle, middle], atol=0.01
     )
+
+
+def test_a_small_face_beside_a_large_one_is_guided_as_if_alone() -> None:
+    """Each in a window of its own size, and seen in its own row of the strips."""
+    x0, small, large = latents(), face_at(4, 140, 40), face_at(60, 4, 128)
+    settings, wanted = GuidanceSettings(window=ALWAYS, margin=8), references(2)
+    both = guide_of(settings, wanted=wanted, finder=always(small, large))
+    guided = both.guide(x0, None, 1.0, 1.0)
+    first, second = both.plans(x0, None, 1.0, 1.0)
+    assert len(first.faces) == len(second.faces) == 1
+    assert first.windows.height > 1.5 * second.windows.height
+    own = wanted[second.faces.reference]
+    alone = guide_of(settings, wanted=own, finder=always(small))
+    only = alone.guide(x0, None, 1.0, 1.0)
+    here = (..., slice(18, 23), slice(0, 6))  # what belongs to the small face
+    assert not torch.equal(only[here], x0[here])
+    assert torch.allclose(guided[here], only[here], atol=1e-5)
+    (row,) = second.rows.tolist()
+    seen = both.strips[0][row].astype(int) - alone.strips[0][0]
+    assert both.log[0].faces == 2 and np.abs(seen).max() <= 1
 
 
 def test_window_and_zero_strength() -> None:

@@ -41,8 +41,8 @@ class Watching(TinyFaceNetwork):
 def test_looks_differ_and_lie_inside_the_crop() -> None:
     x0 = latents()
     guide = guide_of(wanted=references(2), finder=always(LEFT, RIGHT))
-    plan = guide.plan(x0, direction_like(x0), 3.0, 1.0)
-    assert plan is not None and len(plan.faces) == 2
+    (plan,) = guide.plans(x0, direction_like(x0), 3.0, 1.0)
+    assert len(plan.faces) == 2
     before = crop_boxes(plan.faces.landmarks)
     looks = [jittered(plan, 0.1, turn) for turn in range(20)]
     boxes = torch.stack([crop_boxes(look.faces.landmarks) for look in looks])
