@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,11 @@ class Features:
                     f"The {what} embedding holds numbers that are not finite.",
                     hint="Check the photo and the encoder's file.",
                 )
+        if not (self.weights >= 0).all() or not 0 < float(self.weights.sum()) < math.inf:
+            raise DiffLoRAError(
+                "The weights of the photos must be numbers from 0 upwards, not all of them 0.",
+                hint="Encode the photos again.",
+            )
 
     def fused_face(self) -> Tensor | None:
         """[Ef] of unit length, or None"""
@@ -124,16 +131,30 @@ class Features:
                 f"{Path(path).name} holds no face features.",
                 hint="Choose a file written by Save Face Features.",
             )
-        face, image, weights = tensors.get("face"), tensors.get("image"), tensors["weights"]
         notes = header_json(path, header, "photos", "[]")
-        parts = [part for part in (face, image) if part is not None]
-        rows = {tuple(part.shape[:1]) for part in [weights, *parts]}
-        if any(part.ndim != 2 for part in parts) or weights.ndim != 1 or len(rows) != 1:
-            raise BadWeightsFile(f"The tensors of {Path(path).name} do not belong together.")
         if not isinstance(notes, list):
             raise BadWeightsFile(f"The photo notes of {Path(path).name} are no list.")
+        rows = _rows(path, tensors)
         names = header.get("face_encoder", ""), header.get("image_encoder", "")
-        return cls(face, image, weights, *names, tuple(from_dict(PhotoNote, row) for row in notes))
+        try:
+            return cls(*rows, *names, tuple(from_dict(PhotoNote, note) for note in notes))
+        except DiffLoRAError as error:
+            raise BadWeightsFile(
+                f"{Path(path).name} is damaged: {error.message}",
+                hint="Encode the photos again and save them.",
+            ) from error
+
+
+def _rows(
+    path: str | Path, tensors: Mapping[str, Tensor]
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Face, image and weights of a file, one row per photo. Errors: BadWeightsFile."""
+    face, image, weights = tensors.get("face"), tensors.get("image"), tensors["weights"]
+    parts = [part for part in (face, image) if part is not None]
+    rows = {tuple(part.shape[:1]) for part in [weights, *parts]}
+    if any(part.ndim != 2 for part in parts) or weights.ndim != 1 or len(rows) != 1:
+        raise BadWeightsFile(f"The tensors of {Path(path).name} do not belong together.")
+    return face, image, weights.float()
 
 
 def fuse(

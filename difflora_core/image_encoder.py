@@ -19,12 +19,16 @@ from torch import Tensor, nn
 from .config import from_dict, to_dict
 from .errors import BadWeightsFile, DiffLoRAError
 from .tensor_file import TensorFile
-from .weights_file import header_json, read_safetensors, write_safetensors
+from .weights_file import expecting, header_json, read_safetensors, write_safetensors
 
 TOKEN_TABLE = "token_embedding.weight"
 #: OpenAI's picture statistics, which nearly all CLIP models keep
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+HINT = (
+    "Choose image_encoder.safetensors or a file that train-encoders wrote; for an OpenCLIP "
+    "checkpoint also choose the name of its model, such as ViT-L-14."
+)
 
 
 @dataclass(frozen=True)
@@ -138,14 +142,14 @@ def _open_ours(path: Path) -> ImageEncoder:
     tensors, metadata = read_safetensors(path)
     if "config" not in metadata:
         raise BadWeightsFile(
-            f"{path.name} is not an image encoder of ours: its header has no config.",
-            hint="For an OpenCLIP checkpoint also choose the model name, such as ViT-L-14.",
+            f"{path.name} is not an image encoder of ours: its header has no config.", hint=HINT
         )
-    config = from_dict(ImageEncoderConfig, header_json(path, metadata, "config"), "image_encoder")
-    encoder = ImageEncoder.create(config)
     state = dict(tensors)
-    if "token_rows" in state:
-        state[TOKEN_TABLE] = state.pop("token_rows")[state.pop("token_index").long()]
+    with expecting(path, "an image encoder of ours", HINT):
+        found = header_json(path, metadata, "config")
+        encoder = ImageEncoder.create(from_dict(ImageEncoderConfig, found, "image_encoder"))
+        if "token_rows" in state and "token_index" in state:
+            state[TOKEN_TABLE] = state.pop("token_rows")[state.pop("token_index").long()]
     _load(encoder.clip, state, path)
     return encoder
 

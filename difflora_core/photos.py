@@ -21,7 +21,11 @@ MIN_SIDE = 64
 MAX_PIXELS = 64_000_000
 """Largest picture; more is refused before it is decoded, since it may be an attack on memory."""
 #: what Pillow's decoders raise on broken files
-_DAMAGE = (OSError, SyntaxError, ValueError, RuntimeError, struct.error, EOFError)
+_DAMAGE = (OSError, SyntaxError, ValueError, RuntimeError, struct.error, EOFError, MemoryError)
+_FULL_SCALES = (255, 1023, 4095, 16383, 65535)
+"""White of 8, 10, 12, 14 and 16 bits: cameras leave the upper bits of 16 empty."""
+_OVERSHOOT = 0.1
+"""How far floats may leave 0..1, as after sharpening; they are clipped."""
 _BACKDROP = 255
 """Transparent parts become white, as most viewers show them."""
 
@@ -84,12 +88,14 @@ def _to_rgb(image: Image.Image) -> Pixels:
 
 
 def _scale_deep(values: NDArray[Any]) -> NDArray[Any]:
-    """Grey of 16 or 32 bits, or floats, to 0..1 by the range that the values use."""
+    """Grey of 16 or 32 bits, or floats, to 0..1 by the least full scale that holds the values."""
     deep = values.astype(np.float64)
     if not np.isfinite(deep).all():
         return deep
     peak = deep.max(initial=0.0)
-    scale = 1.0 if peak <= 1.0 and values.dtype.kind == "f" else 255.0 if peak <= 255 else 65535.0
+    scale = next((full for full in _FULL_SCALES if peak <= full), _FULL_SCALES[-1])
+    if values.dtype.kind == "f" and peak <= 1 + _OVERSHOOT:
+        scale = 1
     return np.clip(deep / scale, 0.0, 1.0)
 
 
@@ -135,7 +141,7 @@ def _to_uint8(values: NDArray[Any]) -> Pixels:
             hint="A black or broken decode upstream is the usual cause; try a full-precision VAE.",
         )
     lowest, highest = float(values.min(initial=0)), float(values.max(initial=0))
-    if values.dtype.kind == "f" and lowest >= -0.1 and highest <= 1.1:
+    if values.dtype.kind == "f" and lowest >= -_OVERSHOOT and highest <= 1 + _OVERSHOOT:
         return np.round(np.clip(values, 0.0, 1.0) * 255).astype(np.uint8)
     if values.dtype.kind in "iu" and lowest >= 0 and highest <= 255:
         return values.astype(np.uint8)
@@ -162,6 +168,8 @@ def _check_size(width: int, height: int, name: str) -> None:
 
 def _damaged(name: str, error: Exception) -> BadImage:
     detail = " ".join(str(error).split()).rstrip(".")
+    if isinstance(error, MemoryError):  # which has no words of its own
+        detail = "it asks for more memory than there is"
     return BadImage(f"{name} is damaged: {detail}.", hint="Save or copy the picture again.")
 
 

@@ -25,12 +25,13 @@ from .mif import Condition, MixedImageFeatures
 from .normalise import Standardise
 from .predictor_config import PredictorConfig, SamplingConfig
 from .sampler import MAX_STEPS, Progress, guided, sample, seeded_noise
-from .weights_file import header_json, read_safetensors, write_safetensors
+from .weights_file import expecting, header_json, read_safetensors, write_safetensors
 
 STATISTICS = ("mean", "std")  # kept in single precision: small numbers that scale everything
 MAX_CANDIDATES = 64
 LARGEST_FACTOR = 100
 """of guidance and strength: far beyond what is of any use, well within half precision"""
+OTHER_VERSION = "The file is damaged or comes from another, maybe later, version of DiffLoRA."
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ class Predictor(nn.Module):
 
     @classmethod
     def open(cls, path: str | Path, device: str | torch.device = "cpu") -> Predictor:
-        """Open a bundle, in float32 and eval mode. Errors: BadWeightsFile, BadConfig."""
+        """Open a bundle, in float32 and eval mode. Errors: BadWeightsFile."""
         path = Path(path)
         tensors, header = read_safetensors(path)
         if header.get("format") != "difflora-predictor" or "config" not in header:
@@ -223,26 +224,15 @@ class Predictor(nn.Module):
                 f"{path.name} is not a DiffLoRA predictor: its header has no predictor config.",
                 hint="Choose a file made by `python -m training`, or the one that ships with us.",
             )
-        config = from_dict(PredictorConfig, header_json(path, header, "config"))
-        predictor = _outline(cls, config, path.name)
+        with expecting(path, "a predictor that this version can read", OTHER_VERSION):
+            config = from_dict(PredictorConfig, header_json(path, header, "config"))
+            with torch.device("meta"):  # without memory or time for initial weights
+                predictor = cls(config)
         check_keys(path.name, tensors, predictor.state_dict())
         float32 = {name: tensor.float() for name, tensor in tensors.items()}
         predictor.load_state_dict(float32, assign=True)
         predictor.file_hash = hashlib.sha256(path.read_bytes()).hexdigest()
         return predictor.to(device).eval()
-
-
-def _outline(cls: type[Predictor], config: PredictorConfig, name: str) -> Predictor:
-    """Without memory or time for initial weights. Errors: BadWeightsFile for impossible sizes."""
-    try:
-        with torch.device("meta"):
-            return cls(config)
-    except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadWeightsFile(
-            f"{name} describes a predictor that cannot be built: {reason}.",
-            hint="The file is damaged or was made by another version of DiffLoRA.",
-        ) from error
 
 
 def check_keys(name: str, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -257,7 +247,7 @@ def check_keys(name: str, found: dict[str, Tensor], expected: dict[str, Tensor])
     if told:
         raise BadWeightsFile(
             f"The tensors of {name} do not fit its config: {'; '.join(told)}.",
-            hint="The file is damaged or was made by another version of DiffLoRA.",
+            hint=OTHER_VERSION,
         )
 
 

@@ -21,7 +21,9 @@ from .config import from_dict, to_dict
 from .errors import BadWeightsFile
 from .face_crop import TEMPLATE_SIZE, align
 from .likeness import Calibration
-from .weights_file import header_json, read_safetensors, write_safetensors
+from .weights_file import expecting, header_json, read_safetensors, write_safetensors
+
+HINT = "Pass recogniser.safetensors or a file that train-encoders wrote."
 
 
 @dataclass(frozen=True)
@@ -185,11 +187,11 @@ class Recogniser(nn.Module):
         if "config" not in metadata:
             raise BadWeightsFile(
                 f"{Path(path).name} is not a recogniser of ours: its header has no config.",
-                hint="Pass recogniser.safetensors or a file that train-encoders wrote.",
+                hint=HINT,
             )
-        model = cls(
-            from_dict(RecogniserConfig, header_json(path, metadata, "config"), "recogniser")
-        )
+        with expecting(path, "a recogniser of ours", HINT):
+            found = header_json(path, metadata, "config")
+            model = cls(from_dict(RecogniserConfig, found, "recogniser"))
         try:
             model.network.load_state_dict({k: v.float() for k, v in tensors.items()})
         except RuntimeError as error:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import BadWeightsFile
+from .errors import BadConfig, BadWeightsFile
 from .header import HASH_FIELDS, LoraHeader, network_fields, of_a_copy
 from .lora import Lora
 from .lora_reading import LoraReading, read_lora_source, read_lora_tensors, take_layers
@@ -22,6 +23,7 @@ from .tensor_writing import Header, write_safetensors, write_tensors
 
 __all__ = [
     "TensorFile",
+    "expecting",
     "header_json",
     "lora_from_state_dict",
     "lora_to_kohya",
@@ -32,6 +34,11 @@ __all__ = [
     "write_safetensors",
 ]
 log = logging.getLogger(__name__)
+#: what comes up where a header describes a network of another kind, or one that cannot be built
+_MISFITS = (
+    ArithmeticError, AssertionError, AttributeError, BadConfig, LookupError, RuntimeError,
+    TypeError, ValueError,
+)  # fmt: skip
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -49,6 +56,18 @@ def header_json(path: str | Path, header: Mapping[str, str], key: str, default: 
             f"The header of {Path(path).name} is damaged: its {key} breaks off or is no JSON.",
             hint="Get the file again from where it came from.",
         ) from error
+
+
+@contextmanager
+def expecting(path: str | Path, what: str, hint: str) -> Iterator[None]:
+    """Around building `what` from a file's header. Raises BadWeightsFile where it is no such."""
+    try:
+        yield
+    except _MISFITS as error:
+        told = error.message if isinstance(error, BadConfig) else str(error)
+        reason = (told.splitlines() or [type(error).__name__])[-1].strip().rstrip(".")
+        message = f"{Path(path).name} is not {what}: {reason}."
+        raise BadWeightsFile(message, hint=hint) from error
 
 
 def open_lora(path: str | Path, *, lazy: bool = False, any_model: bool = False) -> LoraReading:

@@ -126,6 +126,10 @@ def progress(total: int) -> Callable[[int, int], None]:
 def to_pixels(images: Sequence[Tensor]) -> list[Pixels]:
     """IMAGE batches [B, H, W, C] in 0..1 -> uint8 pictures. Errors: BadImage naming the picture."""
     pictures = [picture for batch in images for picture in batch]
+    if not pictures:
+        raise BadImage(
+            "There is no picture in the batch.", hint="Connect at least one picture to this node."
+        )
     return [_pixels(picture, number) for number, picture in enumerate(pictures, start=1)]
 
 

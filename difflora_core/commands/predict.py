@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,8 +65,10 @@ def run(args: argparse.Namespace) -> dict:
 
     begin = time.perf_counter()
     check_free(args.out, args.overwrite)
+    _check_no_photo(args.out, args.photos)
     if args.crops:
         check_free(args.crops, args.overwrite, ".png")
+        _check_no_photo(args.crops, args.photos)
     predictor = Predictor.open(args.predictor)
     loaded = time.perf_counter()
     features = _features(args, predictor)
@@ -113,6 +116,15 @@ def _photo_line(photo: dict) -> str:
     if photo["faces"] > 1:
         line += f", face {photo['face']} of {photo['faces']} from the left"
     return f"{line} {photo['note']}".rstrip()
+
+
+def _check_no_photo(path: Path, photos: Sequence[Path]) -> None:
+    """What is written must not take the place of a photo. Errors: BadConfig."""
+    from ..errors import BadConfig
+
+    existing = [photo for photo in photos if os.path.exists(photo)]
+    if os.path.exists(path) and any(os.path.samefile(path, photo) for photo in existing):
+        raise BadConfig(f"{path} is one of the photos.", hint="Choose another name to write to.")
 
 
 def _write_crops(photos: Sequence[Pixels], encoder: FaceEncoder, path: Path) -> None:

@@ -21,8 +21,6 @@ from ..tensor_file import is_finite
 from .onnx_ops import OPERATIONS, Attributes
 
 AGAIN = "Get the file again: the download or copy may be incomplete."
-_MEANS = {"Sub": 1, "BatchNormalization": 3}
-"""Operations that take a mean away, and which of their inputs it is."""
 MISFITS = (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError)
 """What comes up where the operations of a file do not fit together."""
 
@@ -36,6 +34,8 @@ class Kind:
     side: int
     """Of the pictures that it takes, in pixels."""
     hint: str
+    own_norm: str = ""
+    """Name of an operation by which InsightFace tells that a file takes 0..255."""
 
 
 RECOGNISER = Kind(
@@ -45,7 +45,11 @@ RECOGNISER = Kind(
     "Choose a face recogniser, such as glintr100.onnx or w600k_r50.onnx.",
 )
 LANDMARKS = Kind(
-    "landmark network", "row of points", 192, "Choose 2d106det.onnx of buffalo_l or antelopev2."
+    "landmark network",
+    "row of points",
+    192,
+    "Choose 2d106det.onnx of buffalo_l or antelopev2.",
+    "bn_data",
 )
 
 
@@ -70,13 +74,20 @@ class OnnxNetwork(nn.Module):
     """A graph with one input and one output, in float32; its weights move with `to(device)`.
 
     Whole and single numbers stay on the CPU, where shapes and limits are read from them.
+    `takes_bytes`: it is fed 0..255 and normalises that itself, as files made by MXNet do.
     """
 
     def __init__(
-        self, steps: Sequence[Step], constants: Mapping[str, Tensor], picture: str, result: str
+        self,
+        steps: Sequence[Step],
+        constants: Mapping[str, Tensor],
+        picture: str,
+        result: str,
+        takes_bytes: bool,
     ) -> None:
         super().__init__()
         self.picture = picture
+        self.takes_bytes = takes_bytes
         self.steps = _with_last_uses(steps, picture, result)
         used = dict.fromkeys(name for step in self.steps for name in step.inputs)
         own = {name: constants[name] for name in used if name in constants}
@@ -86,15 +97,6 @@ class OnnxNetwork(nn.Module):
         self._slots = {name: f"weight_{number}" for number, name in enumerate(names)}
         for name, slot in self._slots.items():
             self.register_buffer(slot, own[name])
-
-    @property
-    def takes_bytes(self) -> bool:
-        """Whether the graph takes 0..255 and normalises itself, as files made by MXNet do."""
-        first = next((s for s in self.steps if s.kind not in ("Cast", "Identity")), None)
-        if first is None or first.kind not in _MEANS:
-            return False
-        mean = self._value(first.inputs[_MEANS[first.kind]], {})
-        return mean is not None and float(mean.max()) > 1
 
     def forward(self, pictures: Tensor) -> Iterator[Tensor]:
         """Yield every tensor through which all information passes, the result last.
@@ -142,7 +144,20 @@ def read_onnx(path: Path, kind: Kind) -> OnnxNetwork:
     except MISFITS as error:
         raise BadWeightsFile(f"{path.name} has a broken part: {error}.", hint=AGAIN) from error
     _check_values(path, steps, constants, picture, result)
-    return OnnxNetwork(steps, constants, picture, result)
+    return OnnxNetwork(steps, constants, picture, result, _takes_bytes(graph, kind))
+
+
+def _takes_bytes(graph: Any, kind: Kind) -> bool:
+    """What InsightFace makes of a file, by the names of its first operations.
+
+    References come from InsightFace, so that it has to be followed even where the operations
+    themselves say otherwise.
+    """
+    names = [node.name for node in graph.node[:8]]
+    if kind.own_norm and kind.own_norm in names[:3]:
+        return True
+    starts = ("Sub", "_minus"), ("Mul", "_mul")
+    return all(any(name.startswith(start) for name in names) for start in starts)
 
 
 def _parts(graph: Any) -> tuple[list[Step], dict[str, Tensor]]:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import BadWeightsFile
+from ..tensor_file import is_finite
 from ..weights_file import read_safetensors
 from .losses import direction_difference
 
@@ -34,15 +35,19 @@ class Lpips(nn.Module):
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
         """weights: `features.N.weight`, `features.N.bias` for N in STAGES, and `lin.K` [C] for
-        each of the five stages or for none, where all channels count 1. Errors: KeyError."""
+        each of the five stages or for none, where all channels count 1. Errors: KeyError for what
+        is missing, ValueError for what does not fit."""
         super().__init__()
-        for stage in STAGES:
-            for number in stage:
-                self.register_buffer(f"weight_{number}", weights[f"features.{number}.weight"])
-                self.register_buffer(f"bias_{number}", weights[f"features.{number}.bias"])
+        calibrated = any(f"lin.{k}" in weights for k in range(len(STAGES)))
+        width = 3
         for k, stage in enumerate(STAGES):
-            ones = torch.ones(len(weights[f"features.{stage[-1]}.bias"]))
-            self.register_buffer(f"lin_{k}", weights.get(f"lin.{k}", ones))
+            for number in stage:
+                inputs, width = width, weights[f"features.{number}.bias"].numel()
+                for name, shape in {"weight": (width, inputs, 3, 3), "bias": (width,)}.items():
+                    tensor = _checked(weights, f"features.{number}.{name}", shape)
+                    self.register_buffer(f"{name}_{number}", tensor)
+            lin = _checked(weights, f"lin.{k}", (width,)) if calibrated else torch.ones(width)
+            self.register_buffer(f"lin_{k}", lin)
         self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1))
         self.register_buffer("deviation", torch.tensor(DEVIATION).view(3, 1, 1))
 
@@ -81,11 +86,23 @@ def open_lpips(*paths: str | Path) -> Lpips:
             tensors, _ = read_safetensors(path)
             weights |= {_canonical(name): tensor.float() for name, tensor in tensors.items()}
         weights |= {k: v.flatten() for k, v in weights.items() if k.startswith("lin.")}
+        names = " with ".join(Path(path).name for path in paths)
         try:
             return Lpips(weights).eval()
         except KeyError as error:
-            names = ", ".join(Path(path).name for path in paths)
             raise BadWeightsFile(f"{names} lacks VGG-16's {error}.", hint=HINT) from error
+        except ValueError as error:
+            raise BadWeightsFile(f"{names} is no LPIPS on VGG-16: {error}.", hint=HINT) from error
+
+
+def _checked(weights: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    """One of the tensors. Errors: KeyError, ValueError."""
+    tensor = weights[name]
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has the shape {list(tensor.shape)}, expected {list(shape)}")
+    if not is_finite(tensor):
+        raise ValueError(f"{name} holds numbers that are not finite")
+    return tensor
 
 
 def _canonical(name: str) -> str:

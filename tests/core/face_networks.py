@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,21 +133,28 @@ def export(
     return path
 
 
-def with_own_normalisation(path: Path) -> Path:
-    """A file as MXNet's exporter wrote them: takes 0..255, (x - 127.5) / 128 in the graph."""
+MXNET = (("Sub", "shift", "_minusscalar0"), ("Mul", "factor", "_mulscalar0"))
+"""As MXNet's exporter wrote files: they take 0..255, (x - 127.5) / 128 is in the graph."""
+
+
+def with_own_normalisation(path: Path, first: Sequence[tuple[str, str, str]] = MXNET) -> Path:
+    """A file that begins with these operations: kind, constant, name."""
     random = np.random.default_rng(0)
     weights = {
-        "shift": np.array(127.5), "factor": np.array(1 / 128),
+        "shift": np.array(127.5), "factor": np.array(1 / 128), "one": np.array(1.0),
         "w": random.normal(size=(4, 3, 3, 3)),
         "scale": np.ones(4), "bias": np.zeros(4), "mean": np.zeros(4), "variance": np.ones(4),
         "slope": random.normal(size=(4, 1, 1)), "fc": 0.1 * random.normal(size=(16, 4 * 28 * 28)),
         "fc_bias": random.normal(size=16),
     }  # fmt: skip
     node = helper.make_node
+    values = ["data", *(f"x{k}" for k in range(len(first)))]
     nodes = [
-        node("Sub", ["data", "shift"], ["_minusscalar0"], "_minusscalar0"),
-        node("Mul", ["_minusscalar0", "factor"], ["_mulscalar0"], "_mulscalar0"),
-        node("Conv", ["_mulscalar0", "w"], ["c"], strides=[4, 4], pads=[0, 0, 1, 1]),
+        *(
+            node(kind, [values[k], constant], [values[k + 1]], name)
+            for k, (kind, constant, name) in enumerate(first)
+        ),
+        node("Conv", [values[-1], "w"], ["c"], strides=[4, 4], pads=[0, 0, 1, 1]),
         node("BatchNormalization", ["c", "scale", "bias", "mean", "variance"], ["b"]),
         node("PRelu", ["b", "slope"], ["p"]),
         node("Dropout", ["p"], ["d"]),

@@ -115,3 +115,24 @@ def test_features_that_do_not_belong_together(tmp_path, damage):
     write_safetensors(path, tensors, {**header, "photos": "5"}, overwrite=True)
     with pytest.raises(BadWeightsFile, match=r"photo notes of .* are no list"):
         Features.load(path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "notes", "sentence"),
+    [
+        ({"weights": torch.tensor([0.5, torch.nan])}, None, "weights of the photos must"),
+        ({"weights": torch.tensor([1.0, torch.inf])}, None, "weights of the photos must"),
+        ({"weights": torch.tensor([2.0, -1.0])}, None, "weights of the photos must"),
+        ({"weights": torch.zeros(2)}, None, "not all of them 0"),
+        ({"face": torch.full((2, 64), torch.nan)}, None, "face embedding holds numbers"),
+        ({}, '[{"size": 1}]', "Unknown key size"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, damage, notes, sentence):
+    path = tmp_path / "f.safetensors"
+    fused(photos_of_one_person(2)).save(path)
+    tensors, header = read_safetensors(path)
+    header |= {} if notes is None else {"photos": notes}
+    write_safetensors(path, {**tensors, **damage}, header, overwrite=True)
+    with pytest.raises(BadWeightsFile, match=rf"f\.safetensors is damaged: .*{sentence}"):
+        Features.load(path)

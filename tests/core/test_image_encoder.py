@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -107,6 +108,46 @@ def test_refusals(encoder: ImageEncoder, tmp_path: Path) -> None:
     tensors.pop("visual.proj")
     write_safetensors(path, tensors, metadata, overwrite=True)
     with pytest.raises(BadWeightsFile, match="does not fit the config in its header"):
+        ImageEncoder.open(path)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"space": {}}, "Unknown key image_encoder.space"),
+        ({"model": {}}, "missing 3 required positional arguments: 'embed_dim'"),
+        ({"model": {**CONFIG.model, "text_cfg": "none"}}, "'str' object has no attribute"),
+        ({"model": CONFIG.model, "mean": [0.5]}, "shape '[3, 1, 1]' is invalid for input of size"),
+        ({"model": {**CONFIG.model, "embed_dim": -1}}, "negative"),
+    ],
+)
+def test_another_file_is_named(tmp_path: Path, config: dict[str, object], reason: str) -> None:
+    path = tmp_path / "other.safetensors"
+    write_safetensors(path, {"a": torch.zeros(2)}, {"config": json.dumps(config)})
+    with pytest.raises(BadWeightsFile) as refused:
+        ImageEncoder.open(path)
+    message = refused.value.message
+    assert message.startswith("other.safetensors is not an image encoder of ours: ")
+    assert reason in message and "OpenCLIP" in refused.value.hint
+
+
+@pytest.mark.parametrize(
+    ("index", "sentence"),
+    [
+        (None, "does not fit the config"),
+        (torch.tensor([9**9] * 49408), "index 387420489 is out of"),
+    ],
+)
+def test_words_without_their_rows(
+    encoder: ImageEncoder, tmp_path: Path, index: torch.Tensor | None, sentence: str
+) -> None:
+    path = tmp_path / "e.safetensors"
+    encoder.save(path)
+    tensors, metadata = read_safetensors(path)
+    del tensors["token_index"]
+    tensors |= {} if index is None else {"token_index": index}
+    write_safetensors(path, tensors, metadata, overwrite=True)
+    with pytest.raises(BadWeightsFile, match=rf"e\.safetensors .*{sentence}"):
         ImageEncoder.open(path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,13 @@ def centred(path: Path) -> Path:
     return network_file(path, 106)
 
 
-def with_own_mean(path: Path) -> Path:
+def with_own_mean(path: Path, name: str = "bn_data", before: int = 0) -> Path:
     """As MXNet's exporter wrote such files: bytes go in, the first operation normalises them."""
     node = helper.make_node
-    names = ["data", "gamma", "beta", "mean", "variance"]
-    first = [node("BatchNormalization", names, ["x"], "bn_data")]
+    values = ["data", *(f"d{k}" for k in range(before))]
+    first = [node("Identity", [a], [b]) for a, b in pairwise(values)]
+    names = [values[-1], "gamma", "beta", "mean", "variance"]
+    first.append(node("BatchNormalization", names, ["x"], name))
     each = {"gamma": 1.0, "beta": 0.0, "mean": 127.5, "variance": 128.0**2}
     return network_file(path, 106, first, **{k: np.full(3, v) for k, v in each.items()})
 
@@ -74,6 +77,15 @@ def test_points_are_those_of_insightface(tmp_path: Path, make: Any) -> None:
     assert away[:2].max() < 1e-3
     assert away[2] < 0.2, "where pixels are mixed, OpenCV rounds the colours to bytes"
     assert (open_landmark_network(path)(tensors.flip(1), faces) - found).abs().max() > 5
+
+
+@pytest.mark.parametrize(("name", "before"), [("bn_data", 2), ("bn_data", 3), ("bn0", 0), ("", 0)])
+def test_is_fed_as_insightface_feeds_it(tmp_path: Path, name: str, before: int) -> None:
+    path = with_own_mean(tmp_path / "2d106det.onnx", name, before)
+    theirs, ours = Landmark(str(path)), open_landmark_network(path)
+    assert ours.scale == 255 / theirs.input_std
+    assert ours.shift == -theirs.input_mean / theirs.input_std
+    assert (ours.scale == 255) == (name == "bn_data" and before < 3)
 
 
 def faces_of(picture: Tensor, boxes: Tensor) -> FlatFaces:

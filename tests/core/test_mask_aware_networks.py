@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from difflora_core.errors import BadWeightsFile
-from difflora_core.mask_aware import open_face_network
+from difflora_core.mask_aware import FaceActivations, open_face_network
 from difflora_core.mini_world import MINI_FOLDER
 from difflora_core.recogniser import Recogniser
 from difflora_core.weights_file import read_safetensors, write_safetensors
@@ -30,17 +30,44 @@ def test_the_mini_recogniser_is_its_torch_twin_with_the_same_maps() -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours.taps, theirs.taps, strict=True))
 
 
-@pytest.mark.parametrize("own", [True, False], ids=["in the graph", "outside"])
-def test_normalises_as_insightface_does(tmp_path: Path, own: bool) -> None:
+def seen_by_both(path: Path) -> tuple[FaceActivations, torch.Tensor]:
+    """What we and InsightFace make of a crop of noise."""
     arcface = pytest.importorskip("insightface.model_zoo.arcface_onnx")
-    path = tmp_path / "net.onnx"
-    path = with_own_normalisation(path) if own else exported("mobile", tmp_path)
     levels = np.random.default_rng(0).integers(0, 256, (112, 112, 3), np.uint8)
     theirs = torch.from_numpy(arcface.ArcFaceONNX(str(path)).get_feat(levels[..., ::-1].copy()))
     ours = open_face_network(path)(torch.from_numpy(levels / 255).permute(2, 0, 1)[None].float())
-    assert torch.allclose(ours.embedding, F.normalize(theirs), atol=1e-5)
+    return ours, F.normalize(theirs)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["in the graph", "outside"])
+def test_normalises_as_insightface_does(tmp_path: Path, own: bool) -> None:
+    path = tmp_path / "net.onnx"
+    path = with_own_normalisation(path) if own else exported("mobile", tmp_path)
+    ours, theirs = seen_by_both(path)
+    assert torch.allclose(ours.embedding, theirs, atol=1e-5)
     # the normalised picture is no map of the network, nor is what pooling leaves
     assert [tap.shape[-1] for tap in ours.taps] == ([28] if own else [56, 28, 14, 7])
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        (("Sub", "shift", "Sub_0"), ("Mul", "factor", "Mul_1")),
+        (("Mul", "factor", "Mul_0"), ("Sub", "one", "Sub_1")),
+        (("Sub", "shift", "/Sub"), ("Div", "shift", "/Div")),
+        (("Sub", "shift", ""), ("Mul", "factor", "")),
+        (("Sub", "shift", "Sub_0"), ("Div", "shift", "Div_1")),
+        (*[("Mul", "one", f"Mul_{k}") for k in range(7)], ("Sub", "shift", "Sub_7")),
+        (*[("Mul", "one", f"Mul_{k}") for k in range(8)], ("Sub", "shift", "Sub_8")),
+    ],
+)
+def test_the_names_of_operations_decide_as_in_insightface(
+    tmp_path: Path, first: tuple[tuple[str, str, str], ...]
+) -> None:
+    """Whatever the operations do, references were made by it."""
+    path = with_own_normalisation(tmp_path / "net.onnx", first)
+    ours, theirs = seen_by_both(path)
+    assert torch.allclose(ours.embedding, theirs, atol=1e-5)
 
 
 def test_one_normalisation_for_every_network_would_blind_some(tmp_path: Path) -> None:

@@ -107,3 +107,35 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path / "vgg19.safetensors", weights)
     with pytest.raises(BadWeightsFile, match=r"vgg19.safetensors lacks VGG-16's 'features.17.weig"):
         open_lpips(path)
+
+
+@pytest.mark.parametrize(
+    ("weights", "reason"),
+    [
+        (
+            {"features.0.weight": torch.randn(4, 1, 3, 3)},
+            r"features.0.weight .* expected \[4, 3, ",
+        ),
+        (
+            {"features.7.weight": torch.randn(6, 4, 3, 3)},
+            r"features.7.weight .* expected \[6, 6, ",
+        ),
+        ({"features.5.weight": torch.full((6, 4, 3, 3), torch.nan)}, "features.5.weight holds"),
+        ({"features.2.bias": torch.tensor([1.0, 0, 0, torch.inf])}, "features.2.bias holds numb"),
+        ({"lin1.model.1.weight": torch.ones(1, 192, 1, 1)}, r"lin.1 has the shape \[192\]"),
+        ({"lin1.model.1.weight": torch.full((1, 6, 1, 1), torch.nan)}, "lin.1 holds numbers that"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(
+    tmp_path: Path, weights: dict[str, Tensor], reason: str
+) -> None:
+    path = saved(tmp_path / "x.safetensors", {**vgg(), **linear(), **weights})
+    with pytest.raises(BadWeightsFile, match=rf"x.safetensors is no LPIPS on VGG-16: {reason}"):
+        open_lpips(path)
+
+
+def test_channels_are_calibrated_in_all_stages_or_in_none(tmp_path: Path) -> None:
+    first = {"lin0.model.1.weight": linear()["lin0.model.1.weight"]}
+    paths = saved(tmp_path / "vgg.safetensors", vgg()), saved(tmp_path / "lin.safetensors", first)
+    with pytest.raises(BadWeightsFile, match=r"vgg.* with lin.safetensors lacks VGG-16's 'lin.1'"):
+        open_lpips(*paths)

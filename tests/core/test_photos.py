@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,6 +84,24 @@ def test_sixteen_bits(tmp_path: Path) -> None:
         assert loaded.min() == 0 and loaded.max() == 255
 
 
+@pytest.mark.parametrize("white", [200, 255, 1023, 4095, 16383, 65535])
+def test_deep_grey_is_as_bright_as_its_bits_allow(tmp_path: Path, white: int) -> None:
+    """As cameras write 10, 12 and 14 bits into 16."""
+    deep = np.tile(np.linspace(0, white, 100).astype(np.uint16), (80, 1))
+    loaded = load_photo(save(tmp_path, Image.fromarray(deep), "deep.png"))
+    expected = deep[0] * 255.0 / max(white, 255)
+    assert np.abs(loaded[0, :, 0].astype(float) - expected).max() <= 0.5
+
+
+@pytest.mark.parametrize(("peak", "white"), [(0.5, 1), (1.02, 1), (1.09, 1), (200, 255)])
+def test_grey_floats_may_overshoot_a_little(tmp_path: Path, peak: float, white: int) -> None:
+    grey = np.full((80, 80), 0.5 * white, np.float32)
+    grey[3, 4], grey[5, 6] = peak, -0.02 * white
+    loaded = load_photo(save(tmp_path, Image.fromarray(grey), "float.tif"))[..., 0]
+    assert loaded[0, 0] in (127, 128) and loaded[5, 6] == 0
+    assert loaded[3, 4] == min(255, round(peak / white * 255))
+
+
 def test_exif_rotation_is_applied(tmp_path: Path, picture: np.ndarray) -> None:
     image = Image.fromarray(picture)
     exif = image.getexif()
@@ -162,6 +181,15 @@ def test_truncated_files(tmp_path: Path, kind: str, share: float) -> None:
     with pytest.raises(BadImage, match=rf"cut\.{kind} is (not a picture|damaged)") as error:
         load_photo(path)
     assert "\n" not in str(error.value)
+
+
+def test_a_part_larger_than_the_memory_is_damage(tmp_path: Path) -> None:
+    """Pillow reads the header of JPEG 2000 as long as the file says it is."""
+    path = tmp_path / "p.jp2"
+    start = struct.pack(">I4s4s", 12, b"jP  ", b"\r\n\x87\n")
+    path.write_bytes(start + struct.pack(">I4sQ", 1, b"jp2h", 2**62) + bytes(99))
+    with pytest.raises(BadImage, match=r"p\.jp2 is damaged: it asks for more memory than"):
+        load_photo(path)
 
 
 def test_huge_pictures_are_refused_before_they_are_decoded(

@@ -133,6 +133,16 @@ def test_user_errors_leave_nothing_behind(world, capsys, arguments, error):
     assert {p.name for p in world.iterdir()} == before
 
 
+@pytest.mark.parametrize(("option", "name"), [("--crops", "me.png"), ("--out", "me.safetensors")])
+def test_a_photo_is_never_written_over(world, capsys, option, name):
+    place = world / name
+    place.symlink_to(world / "faces1.png")
+    before = (world / "faces1.png").read_bytes()
+    code, report = predict(world, capsys, "faces1.png", option, str(place), "--overwrite")
+    assert code == 2 and report["error"] == f"{place} is one of the photos."
+    assert place.read_bytes() == before and not (world / "person.safetensors").exists()
+
+
 def test_reports_say_which_face_was_taken(world, capsys):
     crops = world / "crops.png"
     code, report = predict(world, capsys, "faces2.png", "faces1.png", "--crops", str(crops))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,21 @@ def test_a_file_without_config_is_refused(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(2)}, {})
     with pytest.raises(BadWeightsFile, match=r"x\.safetensors is not a recogniser of ours"):
         Recogniser.open(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"space": {}}, "Unknown key recogniser.space"),
+        ({"network": {"kind": "iresnet", "layers": [1]}}, "zip"),
+        ({"network": {"kind": "iresnet", "stem_stride": 0}}, "by zero"),
+    ],
+)
+def test_another_file_is_named(tmp_path: Path, config: dict[str, object], reason: str) -> None:
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"a": torch.zeros(2)}, {"config": json.dumps(config)})
+    with pytest.raises(BadWeightsFile, match=rf"x\.safetensors is not a recogniser.*{reason}"):
+        Recogniser.open(path)
 
 
 def test_weights_that_do_not_fit_their_config(tmp_path: Path) -> None:

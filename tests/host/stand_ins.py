@@ -48,7 +48,7 @@ class Capture:
 
 
 class Photo:
-    """A picture with none, one or two "faces" for FakeAnalysis, or a broken one."""
+    """A picture with none, one or two "faces" for FakeAnalysis, a broken one, or no picture."""
 
     RETURN_TYPES = ("IMAGE",)
     FUNCTION = "draw"
@@ -70,7 +70,7 @@ class Photo:
         if faces == "alpha":
             picture = torch.cat([picture, torch.ones_like(picture[..., :1])], -1)
             picture[:, :, : side // 3, 0] = 1.0
-        return (picture,)
+        return (picture[:0] if faces == "no picture" else picture,)
 
 
 class Faces:

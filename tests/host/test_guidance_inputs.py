@@ -34,6 +34,7 @@ MASK = mask_of(MIDDLE)
             {"features": ["foreign", 0], "face_encoder": None, "mask": ["mask", 0]},
             "The face pack 'antelopev2' is not in",
         ),
+        ({"reference": ["no picture", 0]}, "There is no picture in the batch"),
         ({"start": 0.8, "end": 0.2}, "cannot run from 80% to 20% of the steps"),
         ({"face_encoder": ["nothing", 0]}, "is not an InsightFace analysis"),
     ],
@@ -44,6 +45,7 @@ def test_wrong_inputs_are_explained(host: Host, changes: dict[str, Any], sentenc
         "blind": node("TestPerson", encoder="image only", seed=0),
         "foreign": node("TestPerson", encoder="antelopev2", seed=0),
         "nobody": node("TestPhoto", faces="none"),
+        "no picture": node("TestPhoto", faces="no picture"),
         "nothing": node("TestNoFaces"),
     }
     refused(host, guidance(boxes, **changes) | more, sentence)

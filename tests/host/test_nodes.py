@@ -167,6 +167,7 @@ def test_likeness_ranks_pictures(host: Host, world: Path) -> None:
         ("none", "No face was found in photo 1."),
         ("nan", "Photo 1: The picture holds values that are not numbers"),
         ("tiny", "Photo 1: The picture is 32x32 pixels; at least 64x64 are needed."),
+        ("no picture", "There is no picture in the batch."),
     ],
 )
 def test_bad_photos_are_explained(host: Host, world: Path, faces: str, sentence: str) -> None:
@@ -174,6 +175,31 @@ def test_bad_photos_are_explained(host: Host, world: Path, faces: str, sentence:
         host.run(kept(predicted(red_faces=faces), lora=["lora", 0]))
     assert sentence in str(failure.value)
     assert failure.value.node == "DiffLoRA_EncodeFaceFeatures"
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs"),
+    [
+        ("Likeness", {"pictures": ["no", 0], "photos": ["photo", 0], "keep": 1}),
+        ("Likeness", {"pictures": ["photo", 0], "photos": ["no", 0], "keep": 1}),
+        (
+            "FaceMask",
+            {"images": ["no", 0], "face": "all", "face_number": 1, "no_face": "empty mask"}
+            | {"shape": "box", "grow": 0.0, "feather": 0.0},
+        ),
+    ],
+)
+def test_an_empty_batch_is_explained(
+    host: Host, world: Path, kind: str, inputs: dict[str, Any]
+) -> None:
+    prompt = {
+        "no": node("TestPhoto", faces="no picture"),
+        "photo": node("TestPhoto", faces="one"),
+        "faces": node("TestFaces"),
+        "node": node(f"DiffLoRA_{kind}", face_encoder=["faces", 0], **inputs),
+    }
+    with pytest.raises(PromptFailed, match="There is no picture in the batch"):
+        host.run(kept(prompt, result=["node", 0]))
 
 
 def test_missing_face_number_is_explained(host: Host, world: Path) -> None:

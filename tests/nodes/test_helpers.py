@@ -51,12 +51,33 @@ def test_weights_multiply_and_zero_leaves_out() -> None:
 
 
 @pytest.mark.parametrize(
+    ("weights", "kept"),
+    [([1.0, 0.0, 0.0], [0]), ([1.0, 1.0, 0.0], [0, 1]), ([], [1, 2]), ([1.0, 1e-60, 1.0], [0, 2])],
+)
+def test_photos_that_are_left_out_do_not_say_who_is_the_odd_one_out(
+    weights: list[float], kept: list[int]
+) -> None:
+    """The second and the third photo show somebody else."""
+    face, ones = torch.eye(4)[[0, 1, 1]], torch.ones(3)
+    sharpness = torch.tensor([100.0, 25.0, 100.0])
+    changed = reweighted(fuse(face, face, ones, sharpness), weights)
+    assert changed.weights.nonzero().flatten().tolist() == kept
+    assert float(changed.weights.sum()) == pytest.approx(1)
+    assert [note.used for note in changed.photos] == [k in kept for k in range(3)]
+    assert [note.weight for note in changed.photos] == changed.weights.tolist()
+    assert [note.number for note in changed.photos] == [1, 2, 3]
+    if kept == [0, 1]:
+        assert float(changed.weights[0] / changed.weights[1]) == pytest.approx(2)
+
+
+@pytest.mark.parametrize(
     ("weights", "sentence"),
     [
         ([1.0, 1.0, 1.0], "3 photo weights were given for 2 photos."),
-        ([-1.0], "one of them negative or no number"),
-        ([math.nan, 1.0], "one of them negative or no number"),
-        ([math.inf], "one of them negative or no number"),
+        ([-1.0], "one of them negative, too large or no number"),
+        ([math.nan, 1.0], "one of them negative, too large or no number"),
+        ([math.inf], "one of them negative, too large or no number"),
+        ([1e39], "one of them negative, too large or no number"),
         ([0.0, 0.0], "All photos have the weight 0."),
     ],
 )

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 
 from difflora_core.config import from_dict
-from difflora_core.errors import BadConfig
+from difflora_core.errors import BadConfig, BadWeightsFile
 from difflora_core.image_encoder import ImageEncoder
 from difflora_core.mask_aware import open_landmark_network
 from difflora_core.mini_world import MINI_FOLDER
 from difflora_core.recogniser import Recogniser
+from difflora_core.weights_file import read_safetensors, write_safetensors
 from training.artifacts import artifacts_folder, read_manifest
 from training.config import Config
 from training.drawing import generator_for
@@ -219,6 +220,15 @@ def test_stage_trains_every_encoder(tmp_path: Path) -> None:
     assert features.features(torch.rand(2, 3, 64, 64)).shape == (2, 24)
     assert open_landmark_network(place / "landmarks.safetensors").points == 5
     assert manifest["landmarks.safetensors"]["figures"]["error_of_width"] > 0
+
+
+@pytest.mark.parametrize("other", ["recogniser", "self_supervised"])
+def test_another_file_than_a_checkers_is_named(tmp_path: Path, other: str) -> None:
+    tensors, header = read_safetensors(MINI_FOLDER / f"{other}.safetensors")
+    tensors.pop("places.weight", None)
+    write_safetensors(tmp_path / "x.safetensors", tensors, header)
+    with pytest.raises(BadWeightsFile, match=r"x\.safetensors is not a checker of ours: "):
+        PortraitNet.open(tmp_path / "x.safetensors")
 
 
 def test_the_shipped_network_reads_points_of_strangers() -> None:

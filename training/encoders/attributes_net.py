@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from difflora_core.config import from_dict, to_dict
 from difflora_core.errors import BadWeightsFile
-from difflora_core.weights_file import read_safetensors, write_safetensors
+from difflora_core.weights_file import expecting, header_json, read_safetensors, write_safetensors
 
 from ..portraits import ATTRIBUTES, FACTORS, parse_prompt
 
@@ -71,9 +71,11 @@ class PortraitNet(nn.Module):
         tensors, metadata = read_safetensors(path)
         if "config" not in metadata:
             raise BadWeightsFile(f"{Path(path).name} has no config in its header.")
-        net = cls(from_dict(PortraitNetConfig, json.loads(metadata["config"]), "portrait_net"))
-        net.load_state_dict({k: v.float() if v.is_floating_point() else v
-                             for k, v in tensors.items()})  # fmt: skip
+        with expecting(path, "a checker of ours", "Take one that train-encoders wrote."):
+            found = header_json(path, metadata, "config")
+            net = cls(from_dict(PortraitNetConfig, found, "portrait_net"))
+            state = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+            net.load_state_dict(state)
         return net.eval().requires_grad_(False)
 
     def save(self, path: str | Path) -> None:
