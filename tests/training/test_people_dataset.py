@@ -168,6 +168,19 @@ def test_what_cannot_be_used_is_left_out_and_counted(tmp_path: Path) -> None:
     assert all(p.face is None for picture in without.pictures for p in picture.people)
 
 
+@pytest.mark.parametrize("polygons", [[], [[]], [[1, 2, 30, 40]], [[5], [1, 2, 30, 40]]])
+def test_polygons_of_fewer_than_three_corners_are_no_area(
+    tmp_path: Path, polygons: list[list[float]]
+) -> None:
+    write_split(tmp_path, 4, seed=0)
+    files, good = files_in(tmp_path), [[1, 2, 30, 40, 5, 60]]
+    change(tmp_path / "instances.json", "annotations", 0, segmentation=[*polygons, *good])
+    change(tmp_path / "instances.json", "annotations", 1, segmentation=polygons)
+    found = survey(Path(files.instances), Path(files.captions), None)
+    assert found.left_out == {"people without area": 1}
+    assert found.pictures[0].people[0].mask == good
+
+
 @pytest.mark.parametrize(
     ("file", "change_of", "expected"),
     [
@@ -178,6 +191,7 @@ def test_what_cannot_be_used_is_left_out_and_counted(tmp_path: Path) -> None:
         ("wholebody.json", {"face_kpts": [0.0] * 60}, "needs 204 numbers under face_kpts"),
         ("captions.json", {"caption": 3}, "has caption 3"),
         ("instances.json", {"segmentation": {"size": [9, 9], "counts": [81]}}, r"000\.png.*size"),
+        ("instances.json", {"segmentation": [["a", 2]]}, r"000\.png.*three pairs of numbers"),
     ],
 )
 def test_broken_entries_are_named(
