@@ -20,8 +20,8 @@ MIN_SIDE = 64
 """Smallest side in pixels: below, a face has too few pixels to be recognised."""
 MAX_PIXELS = 64_000_000
 """Largest picture; more is refused before it is decoded, since it may be an attack on memory."""
-#: what Pillow's decoders raise on broken files
-_DAMAGE = (OSError, SyntaxError, ValueError, RuntimeError, struct.error, EOFError)
+DAMAGE = (OSError, SyntaxError, ValueError, RuntimeError, struct.error, EOFError)
+"""What Pillow's decoders raise on broken files."""
 _BACKDROP = 255
 """Transparent parts become white, as most viewers show them."""
 
@@ -60,7 +60,7 @@ def _read_file(path: Path) -> Pixels:
         ) from error
     except Image.DecompressionBombError as error:
         raise _too_large(name) from error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise _damaged(name, error) from error
     with image:
         _check_size(image.width, image.height, name)
@@ -71,7 +71,7 @@ def _decode(image: Image.Image, name: str) -> Pixels:
     try:
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image))
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise _damaged(name, error) from error
 
 
