@@ -13,6 +13,7 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor
 
+from difflora_core.config import to_dict
 from difflora_core.errors import BadConfig, DiffLoRAError, LayoutMismatch
 from tests.training.coco_files import overrides, write_split
 from tests.training.controlnet_world import FEW, inputs, randomised, world
@@ -21,7 +22,7 @@ from tests.training.tiny_world import write_world
 from training.__main__ import main, open_run
 from training.artifacts import MissingArtifact, artifacts_folder, read_manifest
 from training.config import Config, load_config
-from training.controlnet import people_stage, stage
+from training.controlnet import people_stage, record, stage
 from training.controlnet.base_model import open_base
 from training.controlnet.config import ObjectiveConfig
 from training.controlnet.control import new_control, predict_noise
@@ -51,7 +52,9 @@ def test_the_stage_writes_both_forms_and_figures(config: Config) -> None:
     for name in ("baseline-seed0", "mask_aware-seed0"):
         place = artifacts_folder(config) / "controlnet" / name
         figures = entries[f"controlnet/{name}/{name}_comfyui.safetensors"]["figures"]
-        assert figures["steps"] == 4 and figures["base"].keys() == figures["control"].keys()
+        objective = objective_of(name.removesuffix("-seed0"), ObjectiveConfig())
+        assert figures["steps"] == 4 and figures["objective"] == to_dict(objective)
+        assert figures["base"].keys() == figures["control"].keys()
         single = load_file(place / f"{name}_comfyui.safetensors")
         loaded = ControlNetModel.from_pretrained(place)
         assert torch.equal(
@@ -95,6 +98,44 @@ def test_a_training_whose_time_is_up_is_no_result(tmp_path: Path) -> None:
     with pytest.raises(MissingArtifact):
         open_control(config, "mask_aware-seed0")
     assert trained(config)
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("controlnet.objective.face=0", "objective.face = 0.5, now it is 0.0"),
+        ("controlnet.objective.last=900", "objective.last = 100, now it is 900"),
+        ("controlnet.pool=16", "controlnet.pool = 8, now it is 16"),
+        ("controlnet.face_network=other/rec.onnx", "face_network = '', now it is 'rec.onnx'"),
+        ("run.seed=3", "run.seed = 0, now it is 3"),
+    ],
+)
+def test_a_training_goes_on_with_the_settings_that_it_began_with(
+    half_trained: Path, word: str, sentence: str
+) -> None:
+    other = world(half_trained, "controlnet.variants=[baseline, mask_aware]", word)
+    with pytest.raises(BadConfig, match=f"mask_aware-seed0 was trained with .*{sentence}.*delete"):
+        trained(other)
+    assert not (half_trained / "run/train-controlnet/baseline-seed0").exists()
+
+
+@pytest.fixture(scope="module")
+def half_trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A world with a mask-aware training that was stopped after its first step."""
+    folder = tmp_path_factory.mktemp("half")
+    with pytest.raises(Interrupted):
+        trained(world(folder, "controlnet.variants=[mask_aware]", "run.max_minutes=1e-9"))
+    return folder
+
+
+def test_steps_networks_not_looked_through_and_folders_may_change(tmp_path: Path) -> None:
+    first = world(tmp_path, "controlnet.model=here/sd")
+    then = world(
+        tmp_path, "controlnet.model=there/sd", "controlnet.face_network=rec.onnx",
+        "controlnet.vgg=[vgg.safetensors]", "controlnet.optim.steps=9",
+    )  # fmt: skip
+    baseline = objective_of("baseline", ObjectiveConfig())
+    assert record.decisive(first, baseline) == record.decisive(then, baseline)
 
 
 def test_empty_lists_are_refused(config: Config) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from difflora_core.config import to_dict
 from difflora_core.errors import BadConfig
 from difflora_core.mask_aware.landmarks import open_landmark_network
 from difflora_core.mask_aware.networks import open_face_network
@@ -21,6 +22,7 @@ from ..budget import train
 from ..config import Config
 from ..loop import Interrupted
 from ..run_folder import RunFolder
+from . import record
 from .base_model import BaseModel, open_base
 from .batches import People
 from .checking import Checker, held_out
@@ -64,13 +66,19 @@ def run(config: Config, folder: RunFolder) -> None:
     if not objectives or not settings.seeds:
         raise BadConfig("controlnet.variants and controlnet.seeds must not be empty.")
     check_networks(settings, list(objectives.values()))
+    check_records(config, folder, objectives)
     workshop = Workshop.open(config)
     before = workshop.checker.figures(None)
     for seed in settings.seeds:
         for variant, objective in objectives.items():
             name = run_name(variant, seed)
             control, steps = train_control(workshop, objective, seed, folder.part(name))
-            figures = {"steps": steps, "base": before, "control": workshop.checker.figures(control)}
+            figures = {
+                "steps": steps,
+                "objective": to_dict(objective),
+                "base": before,
+                "control": workshop.checker.figures(control),
+            }
             export(config, name, control, figures)
             logger.info("%s: %s", name, figures)
 
@@ -84,6 +92,16 @@ def check_networks(settings: ControlnetConfig, objectives: Sequence[ObjectiveCon
                 f"controlnet.{key} is empty, and the mini world's network does not know photos.",
                 hint=f"Give a file of insightface's packs, or set controlnet.objective.{term}=0.",
             )
+
+
+def check_records(
+    config: Config, folder: RunFolder, objectives: Mapping[str, ObjectiveConfig]
+) -> None:
+    """Errors: BadConfig where a training would go on with other settings than it began with."""
+    for seed in config.controlnet.seeds:
+        for variant, objective in objectives.items():
+            part = RunFolder(folder.path / run_name(variant, seed))
+            record.check(part, record.decisive(config, objective))
 
 
 def check_faces(index: Index, objectives: Sequence[ObjectiveConfig]) -> None:
@@ -111,6 +129,7 @@ def train_control(
     """
     config, base, settings = workshop.config, workshop.base, workshop.config.controlnet
     loss = replace(workshop.loss, objective=objective)
+    record.keep(folder, record.decisive(config, objective))
     torch.manual_seed(seed)
     control = new_control(base.unet, checkpointing=settings.checkpointing)
 
