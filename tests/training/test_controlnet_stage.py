@@ -180,8 +180,12 @@ def test_networks_of_drawings_are_not_used_on_photos(tmp_path: Path) -> None:
         config = load_config(file, [*words, *more])
         with pytest.raises(BadConfig, match=rf"controlnet\.{key} is empty"):
             stage.run(config, open_run(config, "train-controlnet"))
-    config = load_config(file, [*words, "controlnet.variants=[baseline]"])
+    words.append("controlnet.variants=[baseline]")
+    write_world(config := load_config(file, words))
     stage.check_networks(config.controlnet, [objective_of("baseline", ObjectiveConfig())])
+    people_stage.run(config, open_run(config, "build-people-dataset"))
+    figures = stage.Workshop.open(config).checker.figures(None)
+    assert {name.rpartition("_")[0] for name in figures} == {"epsilon", "body"}
 
 
 def test_checkpointing_changes_nothing_but_memory(tmp_path: Path) -> None:

@@ -164,15 +164,17 @@ def drop_prompts(prompts: tuple[str, ...], share: float) -> list[str]:
 def open_loss(config: Config, base: BaseModel) -> MaskAware:
     """The loss with its networks. Errors: MissingArtifact, BadWeightsFile."""
     settings = config.controlnet
-    network = open_face_network(settings.face_network or artifact(config, "recogniser"))
-    landmarks = None
+    network = landmarks = None
+    if settings.face_network or not settings.model:  # the mini world's does not know photos
+        path = settings.face_network or artifact(config, "recogniser")
+        network = open_face_network(path).to(base.device)
     if any(objective.landmark for objective in objectives_of(settings).values()):
         path = settings.landmark_network or artifact(config, "landmarks")
         landmarks = open_landmark_network(path).to(base.device)
     return MaskAware(
-        ObjectiveConfig(),
+        ObjectiveConfig() if network else ObjectiveConfig(face=0.0),
         PictureDecoder(base.vae),
-        network.to(base.device),
+        network,
         landmarks,
         open_lpips(*settings.vgg).to(base.device) if settings.vgg else None,
         NoiseSchedule(base.device),
