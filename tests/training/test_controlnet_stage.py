@@ -205,13 +205,34 @@ def test_what_is_no_stable_diffusion_is_explained(tmp_path: Path) -> None:
     config = world(tmp_path, f"controlnet.model={tmp_path}")
     with pytest.raises(DiffLoRAError, match="it has no unet, vae"):
         open_base(config)
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"prediction_type": "v_prediction"}, "v_prediction.*predict epsilon"),
+        ({"beta_start": None, "beta_end": None}, "'beta_end': 0.02, 'beta_start': 0.0001"),
+        ({"beta_schedule": None}, "'beta_schedule': 'linear'"),
+        ({"trained_betas": [0.1] * 1000}, r"'trained_betas': \[0.1, .*\.\.\.\]"),
+        ({"rescale_betas_zero_snr": True}, "'rescale_betas_zero_snr': True"),
+    ],
+)
+def test_other_schedules_are_refused(
+    tmp_path: Path, changed: dict[str, Any], sentence: str
+) -> None:
+    """None leaves a key out."""
     folder = write_tiny_sd(tmp_path / "sd")
-    config = world(tmp_path, f"controlnet.model={folder}")
-    schedule = folder / "scheduler" / "scheduler_config.json"
-    changed = json.loads(schedule.read_text()) | {"prediction_type": "v_prediction"}
-    schedule.write_text(json.dumps(changed))
-    with pytest.raises(DiffLoRAError, match=r"v_prediction.*predict epsilon"):
+    _reschedule(folder, {"num_train_timesteps": None, "prediction_type": None})
+    open_base(config := world(tmp_path, f"controlnet.model={folder}"))
+    _reschedule(folder, changed)
+    with pytest.raises(DiffLoRAError, match=sentence):
         open_base(config)
+
+
+def _reschedule(folder: Path, changed: dict[str, Any]) -> None:
+    path = folder / "scheduler" / "scheduler_config.json"
+    settings = json.loads(path.read_text()) | changed
+    path.write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
 
 
 @pytest.mark.parametrize(
@@ -220,6 +241,8 @@ def test_what_is_no_stable_diffusion_is_explained(tmp_path: Path) -> None:
         ({"in_channels": 9}, DiffLoRAError, "wants 9 channels of input"),
         ({"addition_embed_type": "text_time", "addition_time_embed_dim": 8,
           "projection_class_embeddings_input_dim": 64}, DiffLoRAError, "condition 'text_time'"),
+        ({"use_linear_projection": True, "attention_head_dim": (2, 4, 6, 6)}, DiffLoRAError,
+         "projects by linear layers"),
         ({"block_out_channels": (16, 16), "down_block_types": ("DownBlock2D",) * 2,
           "up_block_types": ("UpBlock2D",) * 2}, LayoutMismatch, "ComfyUI has no names"),
     ],
