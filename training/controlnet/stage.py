@@ -27,7 +27,7 @@ from .base_model import BaseModel, open_base
 from .batches import People
 from .checking import Checker, held_out
 from .config import ControlnetConfig, ObjectiveConfig
-from .control import Control, new_control, predict_noise
+from .control import Control, control_names, new_control, predict_noise
 from .drawn_people import DrawnPeople
 from .export import base_of, export
 from .objective import MaskAware, draw_steps, objectives_of
@@ -53,7 +53,7 @@ class Workshop:
     def open(cls, config: Config) -> Workshop:
         """Models and data. Errors: MissingArtifact, BadWeightsFile, DiffLoRAError."""
         base = open_base(config)
-        base_of(new_control(base.unet).state_dict())  # what cannot be exported need not be trained
+        base_of(control_names(base.unet))  # what cannot be exported need not be trained
         loss = open_loss(config, base)
         held = held_out(config, base, config.controlnet.check)
         return cls(config, base, loss, open_people(config, base), Checker(base, config, held, loss))
