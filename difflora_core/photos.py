@@ -20,8 +20,8 @@ MIN_SIDE = 64
 """Smallest side in pixels: below, a face has too few pixels to be recognised."""
 MAX_PIXELS = 64_000_000
 """Largest picture; more is refused before it is decoded, since it may be an attack on memory."""
-#: what Pillow's decoders raise on broken files
-_DAMAGE = (OSError, SyntaxError, ValueError, RuntimeError, struct.error, EOFError, MemoryError)
+DAMAGE = (OSError, SyntaxError, ValueError, RuntimeError, struct.error, EOFError, MemoryError)
+"""What Pillow's decoders raise on broken files."""
 _FULL_SCALES = (255, 1023, 4095, 16383, 65535)
 """White of 8, 10, 12, 14 and 16 bits: cameras leave the upper bits of 16 empty."""
 _OVERSHOOT = 0.1
@@ -64,7 +64,7 @@ def _read_file(path: Path) -> Pixels:
         ) from error
     except Image.DecompressionBombError as error:
         raise _too_large(name) from error
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise _damaged(name, error) from error
     with image:
         _check_size(image.width, image.height, name)
@@ -75,7 +75,7 @@ def _decode(image: Image.Image, name: str) -> Pixels:
     try:
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image))
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise _damaged(name, error) from error
 
 

@@ -20,7 +20,7 @@ from training.controlnet import stage
 from training.controlnet.base_model import BaseModel, open_base
 from training.controlnet.batches import PeopleBatch
 from training.controlnet.config import ObjectiveConfig
-from training.controlnet.control import new_control, predict_noise, with_hint
+from training.controlnet.control import control_names, new_control, predict_noise, with_hint
 from training.controlnet.export import comfyui_tensors
 from training.controlnet.objective import draw_steps, objective_of
 
@@ -79,6 +79,14 @@ def test_a_new_control_changes_nothing_and_copies_the_encoder(base: BaseModel) -
     unet, copy = base.unet.state_dict(), control.state_dict()
     shared = [key for key in copy if not key.startswith("controlnet_")]
     assert len(shared) > 50 and all(torch.equal(copy[key], unet[key]) for key in shared)
+
+
+def test_a_control_has_names_before_it_is_built(base: BaseModel) -> None:
+    whole = with_hint(new_control(base.unet)).state_dict()
+    torch.manual_seed(0)
+    assert control_names(base.unet) == list(whole)
+    drawn, _ = torch.rand(1), torch.manual_seed(0)
+    assert torch.equal(drawn, torch.rand(1)), "nothing was drawn for weights"
 
 
 def test_a_whole_hint_block_adds_nothing_whatever_the_hint(base: BaseModel) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
+from difflora_core.config import to_dict
 from difflora_core.errors import BadConfig
 from difflora_core.face import Face, FaceEncoder
 from tests.training.controlnet_world import FEW, world
@@ -21,7 +22,7 @@ from training.artifacts import artifacts_folder
 from training.config import Config, load_config
 from training.controlnet import evaluate_stage
 from training.controlnet.base_model import open_base
-from training.controlnet.config import ControlnetEvalConfig
+from training.controlnet.config import ControlnetEvalConfig, ObjectiveConfig
 from training.controlnet.intervals import gain_figure, gains, row_figure
 from training.controlnet.measures import LOST, Ruler, match
 from training.controlnet.tables import markdown
@@ -167,6 +168,7 @@ def test_the_table_has_every_row_and_measure(config: Config, tmp_path: Path) -> 
     ]  # fmt: skip
     assert main(["train-controlnet", *words]) == 0
     out = tmp_path / "figures.json"
+    words.append("controlnet.objective.face=0.1")  # too late for what is trained
     assert main(["evaluate-controlnet", *words, "--json", str(out)]) == 0
     outcome = json.loads(out.read_text())
     assert list(outcome["rows"]) == ["ceiling", "base", "baseline", "last=200"]
@@ -176,6 +178,9 @@ def test_the_table_has_every_row_and_measure(config: Config, tmp_path: Path) -> 
                 "fresh_fid", "fresh_clip_t", "fresh_prompt_accuracy"} <= set(row)  # fmt: skip
         assert all(len(f["by_seed"]) == (1 if name == "base" else 2) for f in row.values())
     assert set(outcome["gains_over_baseline"]) == {"last=200"}
+    objectives = outcome["protocol"]["objectives"]
+    assert len(objectives) == 4 and "objective" not in outcome["protocol"]
+    assert objectives["last-200-seed1"] == to_dict(ObjectiveConfig(last=200))
     folder = artifacts_folder(config).parent / "evaluate-controlnet"
     assert "| last=200 |" in (folder / "table.md").read_text()
     assert (folder / "sheet.png").exists()

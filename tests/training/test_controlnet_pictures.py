@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from difflora_core.errors import BadImage
@@ -22,6 +22,7 @@ from training.controlnet.base_model import open_base
 from training.controlnet.config import ControlnetConfig
 from training.controlnet.drawn_people import DrawnPeople
 from training.controlnet.people import Person, Picture, read_index
+from training.controlnet.picture_files import faults, read_picture
 from training.controlnet.read_people import ReadPeople, choose_square
 from training.controlnet.repaint import PaintSettings, paint
 
@@ -147,6 +148,20 @@ def test_pictures_of_another_size_and_broken_ones_are_explained(tmp_path: Path) 
     (people.index.folder / picture.file).write_bytes(b"no picture")
     with pytest.raises(BadImage, match="Cannot read the picture"):
         people.read(picture, None)
+
+
+def test_a_picture_is_turned_where_only_that_gives_the_annotated_size(tmp_path: Path) -> None:
+    pixels = np.zeros((96, 128, 3), np.uint8)
+    pixels[:, :64] = 255  # the left half: turned to the right, it is above
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif)
+    for width, height, white in ((96, 128, np.s_[:60]), (128, 96, np.s_[:, :60])):
+        picture = Picture("a.jpg", width, height, ("a",), ())
+        assert faults(tmp_path, [picture]) == [None]
+        assert np.asarray(read_picture(tmp_path, picture))[white].min() > 200
+    fault = faults(tmp_path, [Picture("a.jpg", 96, 96, ("a",), ())])[0]
+    assert "its annotation says 96x96" in str(fault)
 
 
 def _narrow(picture: Picture) -> Picture:

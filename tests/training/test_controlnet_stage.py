@@ -13,6 +13,7 @@ from diffusers import ControlNetModel, UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import Tensor
 
+from difflora_core.config import to_dict
 from difflora_core.errors import BadConfig, DiffLoRAError, LayoutMismatch
 from tests.training.coco_files import overrides, write_split
 from tests.training.controlnet_world import FEW, inputs, randomised, world
@@ -21,7 +22,7 @@ from tests.training.tiny_world import write_world
 from training.__main__ import main, open_run
 from training.artifacts import MissingArtifact, artifacts_folder, read_manifest
 from training.config import Config, load_config
-from training.controlnet import people_stage, stage
+from training.controlnet import people_stage, record, stage
 from training.controlnet.base_model import open_base
 from training.controlnet.config import ObjectiveConfig
 from training.controlnet.control import new_control, predict_noise
@@ -51,7 +52,9 @@ def test_the_stage_writes_both_forms_and_figures(config: Config) -> None:
     for name in ("baseline-seed0", "mask_aware-seed0"):
         place = artifacts_folder(config) / "controlnet" / name
         figures = entries[f"controlnet/{name}/{name}_comfyui.safetensors"]["figures"]
-        assert figures["steps"] == 4 and figures["base"].keys() == figures["control"].keys()
+        objective = objective_of(name.removesuffix("-seed0"), ObjectiveConfig())
+        assert figures["steps"] == 4 and figures["objective"] == to_dict(objective)
+        assert figures["base"].keys() == figures["control"].keys()
         single = load_file(place / f"{name}_comfyui.safetensors")
         loaded = ControlNetModel.from_pretrained(place)
         assert torch.equal(
@@ -97,6 +100,44 @@ def test_a_training_whose_time_is_up_is_no_result(tmp_path: Path) -> None:
     assert trained(config)
 
 
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("controlnet.objective.face=0", "objective.face = 0.5, now it is 0.0"),
+        ("controlnet.objective.last=900", "objective.last = 100, now it is 900"),
+        ("controlnet.pool=16", "controlnet.pool = 8, now it is 16"),
+        ("controlnet.face_network=other/rec.onnx", "face_network = '', now it is 'rec.onnx'"),
+        ("run.seed=3", "run.seed = 0, now it is 3"),
+    ],
+)
+def test_a_training_goes_on_with_the_settings_that_it_began_with(
+    half_trained: Path, word: str, sentence: str
+) -> None:
+    other = world(half_trained, "controlnet.variants=[baseline, mask_aware]", word)
+    with pytest.raises(BadConfig, match=f"mask_aware-seed0 was trained with .*{sentence}.*delete"):
+        trained(other)
+    assert not (half_trained / "run/train-controlnet/baseline-seed0").exists()
+
+
+@pytest.fixture(scope="module")
+def half_trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A world with a mask-aware training that was stopped after its first step."""
+    folder = tmp_path_factory.mktemp("half")
+    with pytest.raises(Interrupted):
+        trained(world(folder, "controlnet.variants=[mask_aware]", "run.max_minutes=1e-9"))
+    return folder
+
+
+def test_steps_networks_not_looked_through_and_folders_may_change(tmp_path: Path) -> None:
+    first = world(tmp_path, "controlnet.model=here/sd")
+    then = world(
+        tmp_path, "controlnet.model=there/sd", "controlnet.face_network=rec.onnx",
+        "controlnet.vgg=[vgg.safetensors]", "controlnet.optim.steps=9",
+    )  # fmt: skip
+    baseline = objective_of("baseline", ObjectiveConfig())
+    assert record.decisive(first, baseline) == record.decisive(then, baseline)
+
+
 def test_empty_lists_are_refused(config: Config) -> None:
     for changed in ({"variants": ()}, {"seeds": ()}):
         broken = replace(config, controlnet=replace(config.controlnet, **changed))
@@ -139,8 +180,12 @@ def test_networks_of_drawings_are_not_used_on_photos(tmp_path: Path) -> None:
         config = load_config(file, [*words, *more])
         with pytest.raises(BadConfig, match=rf"controlnet\.{key} is empty"):
             stage.run(config, open_run(config, "train-controlnet"))
-    config = load_config(file, [*words, "controlnet.variants=[baseline]"])
+    words.append("controlnet.variants=[baseline]")
+    write_world(config := load_config(file, words))
     stage.check_networks(config.controlnet, [objective_of("baseline", ObjectiveConfig())])
+    people_stage.run(config, open_run(config, "build-people-dataset"))
+    figures = stage.Workshop.open(config).checker.figures(None)
+    assert {name.rpartition("_")[0] for name in figures} == {"epsilon", "body"}
 
 
 def test_checkpointing_changes_nothing_but_memory(tmp_path: Path) -> None:
@@ -160,13 +205,34 @@ def test_what_is_no_stable_diffusion_is_explained(tmp_path: Path) -> None:
     config = world(tmp_path, f"controlnet.model={tmp_path}")
     with pytest.raises(DiffLoRAError, match="it has no unet, vae"):
         open_base(config)
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        ({"prediction_type": "v_prediction"}, "v_prediction.*predict epsilon"),
+        ({"beta_start": None, "beta_end": None}, "'beta_end': 0.02, 'beta_start': 0.0001"),
+        ({"beta_schedule": None}, "'beta_schedule': 'linear'"),
+        ({"trained_betas": [0.1] * 1000}, r"'trained_betas': \[0.1, .*\.\.\.\]"),
+        ({"rescale_betas_zero_snr": True}, "'rescale_betas_zero_snr': True"),
+    ],
+)
+def test_other_schedules_are_refused(
+    tmp_path: Path, changed: dict[str, Any], sentence: str
+) -> None:
+    """None leaves a key out."""
     folder = write_tiny_sd(tmp_path / "sd")
-    config = world(tmp_path, f"controlnet.model={folder}")
-    schedule = folder / "scheduler" / "scheduler_config.json"
-    changed = json.loads(schedule.read_text()) | {"prediction_type": "v_prediction"}
-    schedule.write_text(json.dumps(changed))
-    with pytest.raises(DiffLoRAError, match=r"v_prediction.*predict epsilon"):
+    _reschedule(folder, {"num_train_timesteps": None, "prediction_type": None})
+    open_base(config := world(tmp_path, f"controlnet.model={folder}"))
+    _reschedule(folder, changed)
+    with pytest.raises(DiffLoRAError, match=sentence):
         open_base(config)
+
+
+def _reschedule(folder: Path, changed: dict[str, Any]) -> None:
+    path = folder / "scheduler" / "scheduler_config.json"
+    settings = json.loads(path.read_text()) | changed
+    path.write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
 
 
 @pytest.mark.parametrize(
@@ -175,6 +241,8 @@ def test_what_is_no_stable_diffusion_is_explained(tmp_path: Path) -> None:
         ({"in_channels": 9}, DiffLoRAError, "wants 9 channels of input"),
         ({"addition_embed_type": "text_time", "addition_time_embed_dim": 8,
           "projection_class_embeddings_input_dim": 64}, DiffLoRAError, "condition 'text_time'"),
+        ({"use_linear_projection": True, "attention_head_dim": (2, 4, 6, 6)}, DiffLoRAError,
+         "projects by linear layers"),
         ({"block_out_channels": (16, 16), "down_block_types": ("DownBlock2D",) * 2,
           "up_block_types": ("UpBlock2D",) * 2}, LayoutMismatch, "ComfyUI has no names"),
     ],

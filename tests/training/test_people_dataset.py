@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from difflora_core.errors import BadConfig, DiffLoRAError
 from tests.training.coco_files import change, files_in, overrides, polygons, write, write_split
@@ -168,6 +169,19 @@ def test_what_cannot_be_used_is_left_out_and_counted(tmp_path: Path) -> None:
     assert all(p.face is None for picture in without.pictures for p in picture.people)
 
 
+@pytest.mark.parametrize("polygons", [[], [[]], [[1, 2, 30, 40]], [[5], [1, 2, 30, 40]]])
+def test_polygons_of_fewer_than_three_corners_are_no_area(
+    tmp_path: Path, polygons: list[list[float]]
+) -> None:
+    write_split(tmp_path, 4, seed=0)
+    files, good = files_in(tmp_path), [[1, 2, 30, 40, 5, 60]]
+    change(tmp_path / "instances.json", "annotations", 0, segmentation=[*polygons, *good])
+    change(tmp_path / "instances.json", "annotations", 1, segmentation=polygons)
+    found = survey(Path(files.instances), Path(files.captions), None)
+    assert found.left_out == {"people without area": 1}
+    assert found.pictures[0].people[0].mask == good
+
+
 @pytest.mark.parametrize(
     ("file", "change_of", "expected"),
     [
@@ -178,6 +192,7 @@ def test_what_cannot_be_used_is_left_out_and_counted(tmp_path: Path) -> None:
         ("wholebody.json", {"face_kpts": [0.0] * 60}, "needs 204 numbers under face_kpts"),
         ("captions.json", {"caption": 3}, "has caption 3"),
         ("instances.json", {"segmentation": {"size": [9, 9], "counts": [81]}}, r"000\.png.*size"),
+        ("instances.json", {"segmentation": [["a", 2]]}, r"000\.png.*three pairs of numbers"),
     ],
 )
 def test_broken_entries_are_named(
@@ -213,6 +228,42 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "train/pictures/000000000002.png").unlink()
     with pytest.raises(DiffLoRAError, match=r"1 of 4 pictures.*000000000002\.png"):
         built(tmp_path, ["people.count=0"])
+
+
+def test_pictures_that_cannot_be_used_are_left_out_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_split(tmp_path / "train", 6, seed=0)
+    folder = tmp_path / "train/pictures"
+    whole = (folder / "000000000001.png").read_bytes()
+    (folder / "000000000001.png").write_bytes(whole[: len(whole) // 2])
+    Image.new("RGB", (96, 128)).save(folder / "000000000002.png")
+    (folder / "000000000004.png").write_text("no picture")
+    config, report = built(tmp_path, ["people.count=0"])
+    files = [f"{i:012d}.png" for i in (0, 3, 5)]
+    assert [p.file for p in index(config).pictures] == files
+    assert report["train"]["pictures"] == 3
+    assert report["train"]["left_out"] == {"unreadable pictures": 2, "pictures of another size": 1}
+    assert "3 pictures cannot be used" in caplog.text
+    assert "000000000002.png is 96x128, its annotation says 128x128." in caplog.text
+
+
+def test_pictures_of_other_annotations_are_refused(tmp_path: Path) -> None:
+    write_split(tmp_path / "train", 2, seed=0)
+    for file in (tmp_path / "train/pictures").iterdir():
+        Image.new("RGB", (96, 128)).save(file)
+    with pytest.raises(DiffLoRAError, match=r"None of the 2 pictures.*000\.png is 96x128"):
+        built(tmp_path, ["people.count=0"])
+
+
+def test_both_splits_are_written_or_none(tmp_path: Path) -> None:
+    config, _ = built(tmp_path, ["people.count=24"])
+    before = {split: index(config, split) for split in people_stage.SPLITS}
+    for file in (tmp_path / "validation/pictures").iterdir():
+        file.unlink()
+    with pytest.raises(DiffLoRAError, match="pictures are not in"):
+        built(tmp_path, ["people.count=4"])
+    assert before == {split: index(config, split) for split in people_stage.SPLITS}
 
 
 def test_a_split_without_people_is_refused(tmp_path: Path) -> None:

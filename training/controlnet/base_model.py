@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -21,6 +22,10 @@ from ..config import Config
 
 PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 """Folders of a Stable Diffusion model in diffusers' layout."""
+SCHEDULE: dict[str, Any] = NOISE_SCHEDULE | {
+    "prediction_type": "epsilon", "trained_betas": None, "rescale_betas_zero_snr": False
+}  # fmt: skip
+"""Of Stable Diffusion 1, in the words of diffusers' schedulers."""
 
 
 @dataclass(frozen=True)
@@ -98,15 +103,24 @@ def _opened(kind: Any, folder: Path, part: str, device: torch.device) -> Any:
 
 
 def _check_unet(unet: Unet, vae: Vae, name: str) -> None:
-    """Errors: DiffLoRAError for U-Nets that want more than a picture, its noise and a prompt."""
-    extra = unet.config.addition_embed_type or unet.config.class_embed_type
-    channels = unet.config.in_channels
-    if extra or channels != vae.config.latent_channels:
-        what = f"the condition {extra!r}" if extra else f"{channels} channels of input"
+    """Errors: DiffLoRAError for U-Nets that are not of Stable Diffusion 1's form."""
+    if found := _unlike_sd1(unet.config, vae.config.latent_channels):
         raise DiffLoRAError(
-            f"The U-Net of {name} wants {what}, which is not how Stable Diffusion 1 is built.",
-            hint="SD 1.5 and models that were trained on from it fit; SDXL and inpainting do not.",
+            f"The U-Net of {name} {found}, which is not how Stable Diffusion 1 is built.",
+            hint="SD 1.5 and models that were trained on from it fit; SD 2, SDXL and inpainting "
+            "do not.",
         )
+
+
+def _unlike_sd1(config: Any, latent_channels: int) -> str:
+    """In what a U-Net differs; empty where it does not."""
+    if extra := config.addition_embed_type or config.class_embed_type:
+        return f"wants the condition {extra!r}"
+    if config.in_channels != latent_channels:
+        return f"wants {config.in_channels} channels of input"
+    if config.use_linear_projection:  # of Stable Diffusion 2, whose modules have the same names
+        return "projects by linear layers"
+    return ""
 
 
 def _check_schedule(path: Path) -> None:
@@ -115,10 +129,11 @@ def _check_schedule(path: Path) -> None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DiffLoRAError(f"Cannot read {path}: {error}.") from error
-    wanted = NOISE_SCHEDULE | {"prediction_type": "epsilon"}
-    wrong = {key: found[key] for key, value in wanted.items() if found.get(key, value) != value}
+    found = dict(DDPMScheduler().config) | found  # what a file leaves out means diffusers' default
+    wrong = {key: found[key] for key, value in SCHEDULE.items() if found[key] != value}
     if wrong:
         raise DiffLoRAError(
-            f"{path.parent.parent.name} has the schedule {wrong}, expected Stable Diffusion 1's.",
-            hint="Only models that predict epsilon, such as SD 1.5, can be trained here.",
+            f"{path.parent.parent.name} has the schedule {reprlib.repr(wrong)}, expected Stable "
+            "Diffusion 1's.",
+            hint="Only models that predict epsilon on it, such as SD 1.5, can be trained here.",
         )

@@ -88,7 +88,7 @@ def _person(
 ) -> Person | None:
     area = _entry(annotation, "area", (int, float), path)
     x, y, width, height = _numbers(annotation, "bbox", 4, path)
-    mask = annotation.get("segmentation")
+    mask = _without_lines(annotation.get("segmentation"))
     if not (area > 0 and width > 0 and height > 0 and mask):
         found.left_out["people without area"] += 1
         return None
@@ -100,6 +100,18 @@ def _person(
         face=face[0] if face else None,
         landmarks=face[1] if face else None,
     )
+
+
+def _without_lines(segmentation: Any) -> Any:
+    """A segmentation without polygons of fewer than three corners, which no pixel can lie in."""
+    if not isinstance(segmentation, list):
+        return segmentation
+    return [polygon for polygon in segmentation if not _is_line(polygon)]
+
+
+def _is_line(polygon: Any) -> bool:
+    numbers = isinstance(polygon, list) and all(isinstance(v, int | float) for v in polygon)
+    return numbers and len(polygon) < 6
 
 
 def _captions(path: Path) -> dict[int, list[str]]:

@@ -36,6 +36,12 @@ def new_control(unet: Unet, *, checkpointing: bool = False) -> Control:
     return control.train().requires_grad_(True)
 
 
+def control_names(unet: Unet) -> list[str]:
+    """Names of the weights of a U-Net's control, which is not built for them."""
+    with torch.device("meta"):
+        return list(ControlNetModel.from_unet(unet, load_weights_from_unet=False).state_dict())
+
+
 def without_hint(control: Control) -> Control:
     """The same network with its hint block taken out."""
     control.controlnet_cond_embedding = NoHint()

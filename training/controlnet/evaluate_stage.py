@@ -33,7 +33,7 @@ from ..run_folder import RunFolder, device_name
 from .base_model import BaseModel, open_base
 from .checking import paint_settings
 from .control import Control
-from .export import open_control
+from .export import open_control, trained_objective
 from .intervals import SeededFigure, gains, row_figure
 from .measures import Ruler, Values
 from .repaint import paint
@@ -183,7 +183,10 @@ def write(config: Config, folder: RunFolder, rows: Rows, skipped: Mapping[str, s
 
 def protocol(config: Config, skipped: Mapping[str, str]) -> dict[str, Any]:
     """Everything needed to repeat the evaluation and to read its figures."""
-    return to_dict(config.controlnet) | {
+    settings = to_dict(config.controlnet)
+    del settings["objective"]  # of a training to come; those that were painted with have their own
+    return settings | {
+        "objectives": _objectives(config),
         "faces": "repainted from true latents noised to from_step, compared with the true picture",
         "rows": "ci95: percentile bootstrap over pictures, trainings averaged",
         "gains": "paired by seed; ci95: Student's t over seeds",
@@ -191,3 +194,11 @@ def protocol(config: Config, skipped: Mapping[str, str]) -> dict[str, Any]:
         "torch": torch.__version__,
         "skipped": dict(skipped),
     }
+
+
+def _objectives(config: Config) -> dict[str, Any]:
+    """Training -> what it was trained for."""
+    settings = config.controlnet
+    names = [run_name(variant, seed) for variant in settings.variants for seed in settings.seeds]
+    found = {name: trained_objective(config, name) for name in names}
+    return {name: objective for name, objective in found.items() if objective}

@@ -22,7 +22,7 @@ from difflora_core.header import BASE_NAMES
 from difflora_core.key_names import module_table
 from difflora_core.weights_file import write_safetensors
 
-from ..artifacts import MissingArtifact, artifacts_folder, record_artifact
+from ..artifacts import MissingArtifact, artifacts_folder, read_manifest, record_artifact
 from ..config import Config
 from .control import Control, with_hint, without_hint
 
@@ -57,6 +57,13 @@ def open_control(config: Config, name: str) -> Control:
     control = ControlNetModel.from_pretrained(folder, local_files_only=True)
     control = without_hint(control).to(config.run.torch_device(), torch.float32)
     return control.requires_grad_(False).eval()
+
+
+def trained_objective(config: Config, name: str) -> dict[str, Any] | None:
+    """What a ControlNet was trained for, as its manifest entry says; None without one."""
+    folder = artifacts_folder(config)
+    file = (control_folder(config, name) / WEIGHTS).relative_to(folder).as_posix()
+    return read_manifest(folder).get(file, {}).get("figures", {}).get("objective")
 
 
 def control_folder(config: Config, name: str) -> Path:

@@ -66,7 +66,8 @@ class MaskAware:
 
     objective: ObjectiveConfig
     decoder: PictureDecoder
-    network: FaceNetwork
+    network: FaceNetwork | None
+    """None where no objective has the face term and none was given that knows the pictures."""
     landmarks: LandmarkNetwork | None
     """None where no objective has the landmark term."""
     lpips: Lpips | None
@@ -77,6 +78,7 @@ class MaskAware:
     def faces(self) -> FaceTerm:
         """The face term with this objective's weights."""
         objective = self.objective
+        assert self.network is not None  # opened where an objective has this term
         return FaceTerm(
             self.decoder, self.network, objective.tap_weights, objective.embedding_weight
         )

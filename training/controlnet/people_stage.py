@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +25,14 @@ from training.run_folder import RunFolder
 from .coco import Survey, survey
 from .config import PeopleFiles
 from .people import Index, Picture, read_index, write_index
+from .picture_files import OtherSize, faults
 from .segmentation import BadSegmentation, to_mask
 
 logger = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation")
+#: why a picture is left out
+UNREADABLE, OTHER_SIZE = "unreadable pictures", "pictures of another size"
 #: thresholds of the table in the report
 _SHOWN = tuple(round(0.05 * i, 2) for i in range(20))
 
@@ -45,26 +49,38 @@ class Selection:
 
 def run(config: Config, folder: RunFolder) -> None:
     """Write `people/train.jsonl` and `people/validation.jsonl` and a report of their sizes."""
-    settings = config.people
-    surveys = {name: _survey(getattr(settings, name), name) for name in SPLITS}
+    surveys = {name: _survey(_files(config, name), name) for name in SPLITS}
     coverages = {name: coverage(found.pictures) for name, found in surveys.items()}
+    settings = config.people
     selection = choose(coverages["train"], settings.count, settings.threshold)
+    kept = {
+        name: select(found, selection.threshold, _files(config, name), name)
+        for name, found in surveys.items()
+    }
+    # not before both are whole: a new split beside an old one would be of two thresholds
     report: dict[str, Any] = {"threshold": selection.threshold}
     for name, found in surveys.items():
-        kept = [p for p in found.pictures if p.coverage >= selection.threshold]
-        if not kept:
-            raise BadConfig(
-                f"No {name} picture passes: people cover {selection.threshold:.2f} of none of the "
-                f"{len(found.pictures)}.",
-                hint="Lower people.threshold, or raise people.count.",
-            )
-        check_masks(kept)
-        files: PeopleFiles = getattr(settings, name)
-        check_pictures(kept, Path(files.pictures))
-        write_index(index_path(config, name), files.pictures, kept)
-        report[name] = summary(found, kept, coverages[name])
-        logger.info("%s: %d of %d pictures kept", name, len(kept), len(found.pictures))
+        write_index(index_path(config, name), _files(config, name).pictures, kept[name])
+        report[name] = summary(found, kept[name], coverages[name])
+        logger.info("%s: %d of %d pictures kept", name, len(kept[name]), len(found.pictures))
     folder.write_text("report.json", json.dumps(report, indent=2) + "\n")
+
+
+def select(found: Survey, threshold: float, files: PeopleFiles, name: str) -> list[Picture]:
+    """The pictures of a split that pass and can be used; the others are counted in `found`.
+
+    Errors: BadConfig, BadSegmentation, DiffLoRAError.
+    """
+    passed = [p for p in found.pictures if p.coverage >= threshold]
+    if not passed:
+        raise BadConfig(
+            f"No {name} picture passes: people cover {threshold:.2f} of none of the "
+            f"{len(found.pictures)}.",
+            hint="Lower people.threshold, or raise people.count.",
+        )
+    check_masks(passed)
+    check_files(passed, Path(files.pictures))
+    return usable(passed, Path(files.pictures), found.left_out)
 
 
 def index_path(config: Config, split: str) -> Path:
@@ -124,7 +140,7 @@ def check_masks(pictures: Sequence[Picture]) -> None:
                 raise BadSegmentation(f"{picture.file}: {error.message}") from error
 
 
-def check_pictures(pictures: Sequence[Picture], folder: Path) -> None:
+def check_files(pictures: Sequence[Picture], folder: Path) -> None:
     """Errors: DiffLoRAError when files are missing, with their number and the first three."""
     missing = [p.file for p in pictures if not (folder / p.file).is_file()]
     if missing:
@@ -133,6 +149,25 @@ def check_pictures(pictures: Sequence[Picture], folder: Path) -> None:
             f"{', '.join(missing[:3])}.",
             hint="Unpack COCO's pictures there, or correct people.*.pictures.",
         )
+
+
+def usable(pictures: Sequence[Picture], folder: Path, left_out: Counter[str]) -> list[Picture]:
+    """Those that can be read and have the annotated size; the others are counted by reason.
+
+    Errors: DiffLoRAError when there is none.
+    """
+    found = faults(folder, pictures)
+    broken = [fault for fault in found if fault]
+    if len(broken) == len(pictures):
+        raise DiffLoRAError(
+            f"None of the {len(pictures)} pictures in {folder} can be used: {broken[0].message}",
+            hint="Are these the pictures that the annotation file is about?",
+        )
+    left_out.update(OTHER_SIZE if isinstance(f, OtherSize) else UNREADABLE for f in broken)
+    if broken:
+        named = " ".join(fault.message for fault in broken[:3])
+        logger.warning("%d pictures cannot be used and are left out: %s", len(broken), named)
+    return [picture for picture, fault in zip(pictures, found, strict=True) if not fault]
 
 
 def summary(found: Survey, kept: Sequence[Picture], ascending: np.ndarray) -> dict[str, Any]:
@@ -147,6 +182,10 @@ def summary(found: Survey, kept: Sequence[Picture], ascending: np.ndarray) -> di
         "left_out": dict(found.left_out),
         "pictures_by_threshold": {f"{limit:.2f}": passing(ascending, limit) for limit in _SHOWN},
     }
+
+
+def _files(config: Config, name: str) -> PeopleFiles:
+    return getattr(config.people, name)
 
 
 def _survey(files: PeopleFiles, name: str) -> Survey:

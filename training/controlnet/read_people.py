@@ -13,20 +13,18 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from difflora_core.errors import BadImage
-
 from ..base.pool import encode_images
 from .base_model import BaseModel
 from .batches import MASK_SIDE, PeopleBatch, without_small_faces
 from .config import ControlnetConfig
 from .people import Index, Person, Picture
+from .picture_files import WORKERS, read_picture
 from .segmentation import to_mask
 
 MOST_PEOPLE = 8
 """People of a picture that count, the largest."""
 WHOLE_FACE = 0.9
 """Share of a face box that has to lie inside the crop."""
-WORKERS = 8
 
 
 class Square(NamedTuple):
@@ -110,20 +108,9 @@ class ReadPeople:
         )
 
     def _pixels(self, picture: Picture, square: Square) -> Tensor:
-        path = self.index.folder / picture.file
-        try:
-            with Image.open(path) as image:
-                image = image.convert("RGB")
-        except OSError as error:
-            raise BadImage(f"Cannot read the picture {path}: {error}.") from error
-        if image.size != (picture.width, picture.height):
-            raise BadImage(
-                f"{path.name} is {image.size[0]}x{image.size[1]}, its annotation says "
-                f"{picture.width}x{picture.height}.",
-                hint="Are these the pictures that the annotation file is about?",
-            )
         side = self.settings.resolution
         box = (square.left, square.top, square.left + square.side, square.top + square.side)
+        image = read_picture(self.index.folder, picture)
         resized = image.resize((side, side), Image.Resampling.LANCZOS, box)
         return rearrange(torch.from_numpy(np.array(resized)), "h w c -> c h w")
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from difflora_core.config import to_dict
 from difflora_core.errors import BadConfig
 from difflora_core.mask_aware.landmarks import open_landmark_network
 from difflora_core.mask_aware.networks import open_face_network
@@ -21,11 +22,12 @@ from ..budget import train
 from ..config import Config
 from ..loop import Interrupted
 from ..run_folder import RunFolder
+from . import record
 from .base_model import BaseModel, open_base
 from .batches import People
 from .checking import Checker, held_out
 from .config import ControlnetConfig, ObjectiveConfig
-from .control import Control, new_control, predict_noise
+from .control import Control, control_names, new_control, predict_noise
 from .drawn_people import DrawnPeople
 from .export import base_of, export
 from .objective import MaskAware, draw_steps, objectives_of
@@ -51,7 +53,7 @@ class Workshop:
     def open(cls, config: Config) -> Workshop:
         """Models and data. Errors: MissingArtifact, BadWeightsFile, DiffLoRAError."""
         base = open_base(config)
-        base_of(new_control(base.unet).state_dict())  # what cannot be exported need not be trained
+        base_of(control_names(base.unet))  # what cannot be exported need not be trained
         loss = open_loss(config, base)
         held = held_out(config, base, config.controlnet.check)
         return cls(config, base, loss, open_people(config, base), Checker(base, config, held, loss))
@@ -64,13 +66,19 @@ def run(config: Config, folder: RunFolder) -> None:
     if not objectives or not settings.seeds:
         raise BadConfig("controlnet.variants and controlnet.seeds must not be empty.")
     check_networks(settings, list(objectives.values()))
+    check_records(config, folder, objectives)
     workshop = Workshop.open(config)
     before = workshop.checker.figures(None)
     for seed in settings.seeds:
         for variant, objective in objectives.items():
             name = run_name(variant, seed)
             control, steps = train_control(workshop, objective, seed, folder.part(name))
-            figures = {"steps": steps, "base": before, "control": workshop.checker.figures(control)}
+            figures = {
+                "steps": steps,
+                "objective": to_dict(objective),
+                "base": before,
+                "control": workshop.checker.figures(control),
+            }
             export(config, name, control, figures)
             logger.info("%s: %s", name, figures)
 
@@ -84,6 +92,16 @@ def check_networks(settings: ControlnetConfig, objectives: Sequence[ObjectiveCon
                 f"controlnet.{key} is empty, and the mini world's network does not know photos.",
                 hint=f"Give a file of insightface's packs, or set controlnet.objective.{term}=0.",
             )
+
+
+def check_records(
+    config: Config, folder: RunFolder, objectives: Mapping[str, ObjectiveConfig]
+) -> None:
+    """Errors: BadConfig where a training would go on with other settings than it began with."""
+    for seed in config.controlnet.seeds:
+        for variant, objective in objectives.items():
+            part = RunFolder(folder.path / run_name(variant, seed))
+            record.check(part, record.decisive(config, objective))
 
 
 def check_faces(index: Index, objectives: Sequence[ObjectiveConfig]) -> None:
@@ -111,6 +129,7 @@ def train_control(
     """
     config, base, settings = workshop.config, workshop.base, workshop.config.controlnet
     loss = replace(workshop.loss, objective=objective)
+    record.keep(folder, record.decisive(config, objective))
     torch.manual_seed(seed)
     control = new_control(base.unet, checkpointing=settings.checkpointing)
 
@@ -145,15 +164,17 @@ def drop_prompts(prompts: tuple[str, ...], share: float) -> list[str]:
 def open_loss(config: Config, base: BaseModel) -> MaskAware:
     """The loss with its networks. Errors: MissingArtifact, BadWeightsFile."""
     settings = config.controlnet
-    network = open_face_network(settings.face_network or artifact(config, "recogniser"))
-    landmarks = None
+    network = landmarks = None
+    if settings.face_network or not settings.model:  # the mini world's does not know photos
+        path = settings.face_network or artifact(config, "recogniser")
+        network = open_face_network(path).to(base.device)
     if any(objective.landmark for objective in objectives_of(settings).values()):
         path = settings.landmark_network or artifact(config, "landmarks")
         landmarks = open_landmark_network(path).to(base.device)
     return MaskAware(
-        ObjectiveConfig(),
+        ObjectiveConfig() if network else ObjectiveConfig(face=0.0),
         PictureDecoder(base.vae),
-        network.to(base.device),
+        network,
         landmarks,
         open_lpips(*settings.vgg).to(base.device) if settings.vgg else None,
         NoiseSchedule(base.device),

@@ -1,0 +1,58 @@
+"""What decides a ControlNet's training, kept beside its checkpoints: no other training goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from difflora_core.config import to_dict
+from difflora_core.errors import BadConfig
+
+from ..config import Config
+from ..run_folder import RunFolder
+from .config import ObjectiveConfig
+
+FILE = "trained_for.json"
+_DATA = ("data", "resolution", "batch", "pool", "mention", "drop_prompt", "smallest_face")
+#: term of the objective -> files that it looks through
+_NETWORKS = {"face": "face_network", "landmark": "landmark_network", "body": "vgg"}
+
+
+def decisive(config: Config, objective: ObjectiveConfig) -> dict[str, Any]:
+    """Key of the configuration -> its value, for all that one training depends on.
+
+    Files count by name, networks only where their term does. How long and how fast it learns is
+    left out: that may change on the way.
+    """
+    settings = config.controlnet
+    networks = [key for term, key in _NETWORKS.items() if getattr(objective, term) > 0]
+    values: dict[str, Any] = {"run.seed": config.run.seed}
+    values |= {f"controlnet.objective.{k}": value for k, value in to_dict(objective).items()}
+    values |= {f"controlnet.{key}": getattr(settings, key) for key in _DATA}
+    files = {key: _names(getattr(settings, key)) for key in ("model", *networks)}
+    return values | {f"controlnet.{key}": names for key, names in files.items()}
+
+
+def keep(folder: RunFolder, values: dict[str, Any]) -> None:
+    """Write the record of a training that begins."""
+    folder.write_text(FILE, json.dumps(values, indent=2) + "\n")
+
+
+def check(folder: RunFolder, values: dict[str, Any]) -> None:
+    """Errors: BadConfig where the checkpoints of a folder are of another training."""
+    path = folder.path / FILE
+    if not folder.has_checkpoints() or not path.exists():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in values.items():
+        if before.get(key, value) != value:
+            raise BadConfig(
+                f"{folder.name} was trained with {key} = {before[key]!r}, now it is {value!r}.",
+                hint=f"Choose another run.root, or delete {folder.path} to train it anew.",
+            )
+
+
+def _names(paths: str | Sequence[str]) -> str | list[str]:
+    return Path(paths).name if isinstance(paths, str) else [Path(path).name for path in paths]
