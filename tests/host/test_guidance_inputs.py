@@ -118,7 +118,7 @@ def test_the_recogniser_of_any_pack_guides(host: Host, pack: str) -> None:
 
 
 def test_a_reference_picture_is_as_good_as_its_features(host: Host, pack: str) -> None:
-    """Within the rounding of the ONNX file and of crops to 8 bits."""
+    """Within the rounding of the ONNX file and of crops to 8 bits, which later steps enlarge."""
     settings: dict[str, Any] = {"face_encoder": ["pack", 0]}
     one = host.run(guided(person(host, pack, **settings), steps=8, side=128))
     settings |= {"features": None, "reference": ["photo", 0]}
@@ -126,7 +126,7 @@ def test_a_reference_picture_is_as_good_as_its_features(host: Host, pack: str) -
     pairs = zip(the_run(one).steps, the_run(other).steps, strict=True)
     known = [(a.similarity, b.similarity) for a, b in pairs if a.faces]
     assert len(known) > 2
-    assert all(a == pytest.approx(b, abs=0.03) for a, b in known)
+    assert all(a == pytest.approx(b, abs=0.01) for a, b in known[:3])
 
 
 def test_a_pack_without_a_recogniser_is_explained(host: Host, shipped_world: Path) -> None:
