@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from difflora_core.errors import DiffLoRAError
 
 from . import parallel
-from .optimizer import build_optimizers
+from .optimizer import build_optimizers, load_state
 from .run_config import OptimConfig, RunConfig
 from .run_folder import Checkpoint, RunFolder
 from .run_log import RunLog
@@ -142,7 +142,7 @@ class Trainer:
             module.load_state_dict(checkpoint.modules[name])
         states = checkpoint.state["optimizers"]
         for optimizer, state in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
+            load_state(optimizer, state)
         if self.shadow:
             _copy(checkpoint.state["shadow"], self.shadow)
         self._set_random_state(checkpoint.state["random"])
