@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 
 from difflora_core.errors import BadConfig
+from training import __main__
 from training.__main__ import STAGES, find_stage, main
 from training.config import Config, differences, field_docs, load_config, to_toml
 from training.run_config import OptimConfig, RunConfig
+from training.run_folder import RunFolder
 
 
 def _file(tmp_path: Path, text: str = "") -> Path:
@@ -72,6 +74,19 @@ def test_unknown_stage_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(BadConfig, match="Did you mean train-dit"):
         find_stage("train_dit")
     assert main(["train_dit", "--config", str(_file(tmp_path))]) == 2
+
+
+def test_stopping_a_stage_without_checkpoints_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def stage(config: Config, folder: RunFolder) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(__main__, "find_stage", lambda name: stage)
+    assert main(["demo", "--config", str(_file(tmp_path)), f"run.root={tmp_path}"]) == 130
+    assert [record.getMessage() for record in caplog.records] == [
+        "stopped; the same command goes on, or starts over where nothing is kept"
+    ]
 
 
 def test_config_stage_prints_the_settings(
