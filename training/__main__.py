@@ -110,7 +110,11 @@ def find_stage(name: str) -> Stage:
 
 
 def open_run(config: Config, stage: str) -> RunFolder:
-    """The stage's run folder with the resolved config and the environment written into it."""
+    """The stage's run folder with the resolved config and the environment written into it.
+
+    Errors: BadConfig for a device that is not there.
+    """
+    device = config.run.torch_device()
     folder = RunFolder.create(config.run.root, stage)
     text = to_toml(config)
     copy = folder.path / "config.toml"
@@ -118,7 +122,7 @@ def open_run(config: Config, stage: str) -> RunFolder:
         for key in differences(copy.read_text(encoding="utf-8"), text):
             logger.warning("resuming %s with another %s than before", stage, key)
     folder.write_text("config.toml", text)
-    folder.write_environment(config.run.torch_device())
+    folder.write_environment(device)
     return folder
 
 
