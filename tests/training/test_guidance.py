@@ -79,23 +79,6 @@ def test_rows_follow_the_grid() -> None:
         list(rows(GuidanceConfig(strengths=())))
 
 
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["guidance.people=1", "guidance.prompts=1"], "people and prompts are both 1"),
-        (["guidance.people=0"], "people must be 1 or more"),
-        (["guidance.iterations=0"], "iterations must be 1 or more"),
-        (["guidance.factor_pictures=1"], "factor_pictures must be 4 or more"),
-        (["guidance.strengths=[1, -1]"], "guidance: strengths must be 0 or more"),
-        (["guidance.strengths=[nan]"], "strengths must be 0 or more"),
-    ],
-)
-def test_impossible_settings_are_refused(tmp_path: Path, words: list[str], sentence: str) -> None:
-    (tmp_path / "empty.toml").write_text("")
-    with pytest.raises(BadConfig, match=sentence):
-        load_config(tmp_path / "empty.toml", words)
-
-
 def test_one_reference_is_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
