@@ -51,7 +51,7 @@ Stage = Callable[[Config, RunFolder], None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one stage. Exit code 0, 2 (the user's input), or 130 (stopped; can be resumed)."""
+    """Run one stage. Exit code 0, 2 (the user's input), or 130 (stopped)."""
     level = logging.INFO if parallel.rank() == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     options = _parser().parse_intermixed_args(arguments)
@@ -59,6 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _run(options)
     except Interrupted as stop:
         logger.warning("%s; run the same command again to go on", stop)
+        return 130
+    except KeyboardInterrupt:  # outside of training loops, which make an Interrupted of it
+        logger.warning("stopped; the same command goes on, or starts over where nothing is kept")
         return 130
     except DiffLoRAError as error:
         logger.error("error: %s", error)
@@ -107,7 +110,11 @@ def find_stage(name: str) -> Stage:
 
 
 def open_run(config: Config, stage: str) -> RunFolder:
-    """The stage's run folder with the resolved config and the environment written into it."""
+    """The stage's run folder with the resolved config and the environment written into it.
+
+    Errors: BadConfig for a device that is not there.
+    """
+    device = config.run.torch_device()
     folder = RunFolder.create(config.run.root, stage)
     text = to_toml(config)
     copy = folder.path / "config.toml"
@@ -115,7 +122,7 @@ def open_run(config: Config, stage: str) -> RunFolder:
         for key in differences(copy.read_text(encoding="utf-8"), text):
             logger.warning("resuming %s with another %s than before", stage, key)
     folder.write_text("config.toml", text)
-    folder.write_environment(config.run.torch_device())
+    folder.write_environment(device)
     return folder
 
 

@@ -13,6 +13,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 import difflora_core
 from difflora_core.errors import BadWeightsFile, DiffLoRAError
 from difflora_core.weights_file import read_safetensors, write_safetensors
+from difflora_core.whole_file import whole_file
 
 from . import parallel
 from .config import Config
@@ -124,8 +126,8 @@ def record_artifact(config: Config, name: str, figures: Mapping[str, Any] | None
 def ship(config: Config, folder: RunFolder, shipped: Path | None = None) -> None:
     """Stage `ship`: copy the shipped kinds of artifacts into `difflora_core/mini/`.
 
-    Copied is what the run's manifest lists, training material left out. Errors: DiffLoRAError
-    when the folder would grow past SHIPPED_LIMIT (nothing is copied then).
+    Copied is what the run's manifest lists, training material left out, and either all of it or
+    nothing. Errors: DiffLoRAError when the folder would grow past SHIPPED_LIMIT, OSError.
     """
     source, target = artifacts_folder(config), shipped or SHIPPED
     entries = {n: e for n, e in read_manifest(source).items() if _is_shipped(n)}
@@ -139,9 +141,11 @@ def ship(config: Config, folder: RunFolder, shipped: Path | None = None) -> None
             f"{SHIPPED_LIMIT / 1e6:.0f} MB.",
             hint=f"The largest is {largest} with {sizes[largest] / 1e6:.1f} MB.",
         )
-    for name in entries:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, target / name)
+    with ExitStack() as files:  # which take their places once all are copied
+        for name in entries:
+            copy = files.enter_context(whole_file(target / name))
+            with (source / name).open("rb") as file:
+                shutil.copyfileobj(file, copy)
     write_manifest(target, read_manifest(target) | entries)
     logger.info("%s: %d files, %.1f MB shipped", folder.name, len(entries), total / 1e6)
 

@@ -61,7 +61,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             f"Cannot read the config file {path}: {error.strerror}.",
             hint="training/configs/mini.toml is a complete example.",
         ) from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadConfig(f"{path} is not valid TOML: {error}.") from error
     for override in overrides:
         apply_override(data, override)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from difflora_core.errors import DiffLoRAError
 
 from . import parallel
-from .optimizer import build_optimizers
+from .optimizer import build_optimizers, load_state
 from .run_config import OptimConfig, RunConfig
 from .run_folder import Checkpoint, RunFolder
 from .run_log import RunLog
@@ -37,7 +37,7 @@ class Interrupted(Exception):
 
 
 class TrainingDiverged(DiffLoRAError):
-    """The loss is no longer a finite number."""
+    """The loss or the weights are no longer finite numbers."""
 
 
 class Trainer:
@@ -66,7 +66,8 @@ class Trainer:
     def fit(self, step: Step) -> bool:
         """Train to the last step; True when it was reached, False when the time limit came first.
 
-        Raises Interrupted after Ctrl-C or SIGTERM, TrainingDiverged when the loss is not finite.
+        Raises Interrupted after Ctrl-C or SIGTERM, TrainingDiverged when the loss is not finite or
+        a checkpoint's weights would not be.
         """
         parallel.join()
         self.resume()
@@ -85,6 +86,7 @@ class Trainer:
                     self._signal is not None, time.monotonic() > deadline, device=self.device
                 )
                 if told or late or last or self.step % self.run.checkpoint_every == 0:
+                    self._check(meter)
                     self.save()
                 if told:
                     raise Interrupted(f"{self.folder.name} stopped at step {self.step}")
@@ -142,7 +144,7 @@ class Trainer:
             module.load_state_dict(checkpoint.modules[name])
         states = checkpoint.state["optimizers"]
         for optimizer, state in zip(self.optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
+            load_state(optimizer, state)
         if self.shadow:
             _copy(checkpoint.state["shadow"], self.shadow)
         self._set_random_state(checkpoint.state["random"])
@@ -181,10 +183,21 @@ class Trainer:
         figures = meter.read()
         log.write(self.step, figures | {"lr": self.optim.lr * lr_factor(self.step - 1, self.optim)})
         if not math.isfinite(figures["loss"]):
-            raise TrainingDiverged(
-                f"The loss of {self.folder.name} is {figures['loss']} at step {self.step}.",
-                hint="Lower the learning rate; the newest checkpoint is still good.",
-            )
+            raise self._diverged(f"The loss of {self.folder.name} is {figures['loss']}")
+
+    def _check(self, meter: _Meter) -> None:
+        """Before a checkpoint. Errors: TrainingDiverged."""
+        if not meter.is_finite():
+            raise self._diverged(f"The loss of {self.folder.name} is no longer finite")
+        # a loss is older than its step's weights, which may be the first to go
+        if not all(bool(p.isfinite().all()) for p in self.parameters):
+            raise self._diverged(f"The weights of {self.folder.name} are no longer finite")
+
+    def _diverged(self, what: str) -> TrainingDiverged:
+        return TrainingDiverged(
+            f"{what} at step {self.step}.",
+            hint="Lower the learning rate; the newest checkpoint is still good.",
+        )
 
     def _draw_own_samples(self) -> None:
         # checkpoints hold the first process's random state; the others start a stream of their own
@@ -238,7 +251,7 @@ def lr_factor(step: int, optim: OptimConfig) -> float:
 
 
 class _Meter:
-    """Sums the losses on the device; reading them is the only synchronisation."""
+    """Sums the losses on the device; asking for them is the only synchronisation."""
 
     def __init__(self, items_per_step: int) -> None:
         self.items_per_step = items_per_step
@@ -250,6 +263,10 @@ class _Meter:
             value = value.detach().float()
             self.totals[name] = value if total is None else total + value
         self.steps += 1
+
+    def is_finite(self) -> bool:
+        """Whether every loss since the last reading is finite."""
+        return "loss" not in self.totals or bool(self.totals["loss"].isfinite())
 
     def read(self) -> dict[str, float]:
         names = list(self.totals)

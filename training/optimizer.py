@@ -96,6 +96,15 @@ def build_optimizers(
     return optimizers
 
 
+def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Moments and counts of a checkpoint; rates and decay stay as this run's settings say."""
+    names = ("peak_lr", "weight_decay", "betas")
+    own = [{n: group[n] for n in names if n in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
+
+
 def _sorted(
     modules: Iterable[nn.Module], with_matrices: bool
 ) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:

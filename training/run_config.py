@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+
+from difflora_core.errors import BadConfig
 
 from .parallel import count, local_rank
 
@@ -29,8 +33,20 @@ class RunConfig:
     keep_last: int = 2
     """Checkpoints kept per training loop."""
 
+    def __post_init__(self) -> None:
+        at_least(1, self, "log_every", "checkpoint_every")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
+            raise ValueError(f"device must be auto, cpu, cuda or cuda:N, found {self.device!r}")
+
     def torch_device(self) -> torch.device:
-        """The device to train on."""
+        """The device to train on. Errors: BadConfig where the machine does not have it."""
+        kind, _, number = self.device.partition(":")
+        found = torch.cuda.device_count()
+        if kind == "cuda" and int(number or 0) >= found:
+            raise BadConfig(
+                f"run.device is {self.device}, but torch finds {found} CUDA devices here.",
+                hint="Set run.device=auto or cpu, or install a torch that knows the GPU.",
+            )
         if self.device != "auto":
             return torch.device(self.device)
         if not torch.cuda.is_available():
@@ -62,3 +78,15 @@ class OptimConfig:
     """Decay of the averaged weights, warmed up as (1+t)/(10+t); 0 = no averaging."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of the forward pass: auto is bf16 autocast on cuda and fp32 on cpu."""
+
+
+def at_least(lowest: int, settings: Any, *names: str) -> None:
+    """For `__post_init__`: these settings, or their entries, are finite and not below `lowest`.
+
+    Errors: ValueError.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        entries = value if isinstance(value, tuple) else (value,)
+        if not all(lowest <= entry < math.inf for entry in entries):
+            raise ValueError(f"{name} must be {lowest} or more, found {value}")

@@ -98,6 +98,20 @@ def test_ship_refuses_more_than_the_limit(
     assert not list(shipped.iterdir())
 
 
+def test_ship_copies_all_files_or_none(config: Config, tmp_path: Path) -> None:
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    (shipped / "unet.safetensors").write_bytes(b"before")
+    _save(config, "unet")
+    unreadable = _save(config, "vae")
+    unreadable.unlink()
+    unreadable.mkdir()
+    with pytest.raises(OSError, match=r"vae\.safetensors"):
+        ship(config, RunFolder.create(config.run.root, "ship"), shipped)
+    assert [p.name for p in shipped.iterdir()] == ["unet.safetensors"]
+    assert (shipped / "unet.safetensors").read_bytes() == b"before"
+
+
 def test_commands_are_recorded_without_folders(monkeypatch: pytest.MonkeyPatch) -> None:
     words = [
         "train.py",

@@ -3,11 +3,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from difflora_core.errors import BadConfig
-from training.__main__ import STAGES, find_stage, main
+from training import __main__
+from training.__main__ import STAGES, find_stage, main, open_run
 from training.config import Config, differences, field_docs, load_config, to_toml
 from training.run_config import OptimConfig, RunConfig
+from training.run_folder import RunFolder
 
 
 def _file(tmp_path: Path, text: str = "") -> Path:
@@ -37,6 +40,34 @@ def test_overrides_win_and_keep_their_types(tmp_path: Path) -> None:
         (["eval.people=many"], "eval.people must be int"),
         (["eval.people"], "section.key=value"),
         (["people=2"], "section.key=value"),
+        (["run.log_every=0"], "run: log_every must be 1 or more, found 0"),
+        (["run.checkpoint_every=0"], "checkpoint_every must be 1 or more"),
+        (["run.device=foo"], "run: device must be auto, cpu, cuda or cuda:N, found 'foo'"),
+        (["loras.rank=0"], "loras: rank must be 1 to 64 for these layers, found 0"),
+        (["loras.rank=4000"], "rank must be 1 to 64"),
+        (["eval.paint_steps=0"], "eval: paint_steps must be 1 or more, found 0"),
+        (["eval.references=0"], "references must be 1 or more"),
+        (["eval.candidates=0"], "candidates must be 1 or more"),
+        (["eval.steps=-1"], "steps must be 0 or more"),
+        (["eval.fid_pictures=1"], "fid_pictures must be 2 or more"),
+        (["guidance.people=1", "guidance.prompts=1"], "people and prompts are both 1"),
+        (["guidance.people=0"], "people must be 1 or more"),
+        (["guidance.iterations=0"], "iterations must be 1 or more"),
+        (["guidance.factor_pictures=1"], "factor_pictures must be 4 or more"),
+        (["guidance.strengths=[1, -1]"], "guidance: strengths must be 0 or more"),
+        (["guidance.strengths=[nan]"], "strengths must be 0 or more"),
+        (["controlnet.from_step=10"], "from_step 10 leaves no step to paint"),
+        (["controlnet.paint_steps=1"], "the last of 1 paint_steps lies at timestep 999"),
+        (["controlnet.paint_steps=0"], "paint_steps must be 1 or more"),
+        (["controlnet.sample_every=-1"], "sample_every must be 0 or more"),
+        (["controlnet.check=0"], "controlnet: check must be 1 or more"),
+        (["controlnet.pool=0"], "pool must be 1 or more"),
+        (["controlnet.batch=0"], "batch must be 1 or more"),
+        (["controlnet.objective.embedding_weight=-5"], "embedding_weight must be 0 or more"),
+        (["controlnet.objective.tap_weights=[1, -1]"], "objective: tap_weights must be 0 or more"),
+        (["controlnet.evaluation.groups=-1"], "groups must be 0 or more"),
+        (["controlnet.evaluation.fid_pictures=1"], "fid_pictures must be 2 or more"),
+        (["controlnet.evaluation.factor_pictures=1"], "factor_pictures must be 4 or more"),
     ],
 )
 def test_wrong_settings_are_explained(tmp_path: Path, words: list[str], expected: str) -> None:
@@ -49,6 +80,20 @@ def test_broken_and_missing_files_are_explained(tmp_path: Path) -> None:
         load_config(_file(tmp_path, "[run\n"))
     with pytest.raises(BadConfig, match="Cannot read"):
         load_config(tmp_path / "absent.toml")
+    (tmp_path / "latin.toml").write_bytes("# café".encode("latin-1"))
+    with pytest.raises(BadConfig, match=r"latin\.toml is not valid TOML: 'utf-8' codec"):
+        load_config(tmp_path / "latin.toml")
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:999"])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_written(
+    tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    config = load_config(_file(tmp_path), [f"run.device={device}", f"run.root={tmp_path / 'run'}"])
+    with pytest.raises(BadConfig, match=f"run.device is {device}, but torch finds 0 CUDA devices"):
+        open_run(config, "demo")
+    assert not (tmp_path / "run").exists()
 
 
 def test_toml_round_trip_with_a_comment_for_every_key(tmp_path: Path) -> None:
@@ -72,6 +117,19 @@ def test_unknown_stage_names_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(BadConfig, match="Did you mean train-dit"):
         find_stage("train_dit")
     assert main(["train_dit", "--config", str(_file(tmp_path))]) == 2
+
+
+def test_stopping_a_stage_without_checkpoints_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def stage(config: Config, folder: RunFolder) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(__main__, "find_stage", lambda name: stage)
+    assert main(["demo", "--config", str(_file(tmp_path)), f"run.root={tmp_path}"]) == 130
+    assert [record.getMessage() for record in caplog.records] == [
+        "stopped; the same command goes on, or starts over where nothing is kept"
+    ]
 
 
 def test_config_stage_prints_the_settings(

@@ -58,6 +58,16 @@ def test_a_trial_shows_portraits_first_and_then_groups(ruler: Ruler) -> None:
     assert len(set(trial.seeds)) == 12
 
 
+@pytest.mark.parametrize(("groups", "people"), [(0, []), (1, [2]), (3, [2, 2, 3])])
+def test_a_trial_has_as_many_groups_as_are_asked_for(
+    tmp_path: Path, groups: int, people: list[int]
+) -> None:
+    settings = ControlnetEvalConfig(portraits=2, groups=groups, fid_pictures=2)
+    trial = draw_trial(settings, open_base(world(tmp_path)))
+    assert trial.drawn.present.sum(1).tolist() == [1, 1, *people]
+    assert len(trial) == len(trial.latents) == 2 + groups and trial.portraits == 2
+
+
 def test_true_pictures_are_repainted_perfectly(ruler: Ruler) -> None:
     values = ruler.repainted(ruler.trial.drawn.images)
     found = ruler.true.seen.sum() / ruler.trial.drawn.present.sum()
@@ -186,7 +196,10 @@ def test_the_table_has_every_row_and_measure(config: Config, tmp_path: Path) -> 
     assert (folder / "sheet.png").exists()
 
 
-def test_missing_trainings_are_named(config: Config) -> None:
+@pytest.mark.usefixtures("config")
+@pytest.mark.parametrize("groups", [0, 2])
+def test_missing_trainings_are_named(tmp_path: Path, groups: int) -> None:
+    config = world(tmp_path, *SMALL, f"controlnet.evaluation.groups={groups}")
     evaluate_stage.run(config, folder := open_run(config, "evaluate-controlnet"))
     outcome = json.loads((folder.path / "results.json").read_text())
     assert list(outcome["rows"]) == ["ceiling", "base"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,19 @@ def test_painting_starts_where_it_is_told(tmp_path: Path) -> None:
     assert not torch.equal(fresh, barely)
     with pytest.raises(ValueError, match="no step below"):
         paint(base, None, prompts, latents, [1, 2], PaintSettings(4, 1.0, 60))
+
+
+@pytest.mark.parametrize(("steps", "last"), [(2, 499), (7, 142), (20, 49), (64, 15)])
+def test_settings_know_the_last_step_of_painting(tmp_path: Path, steps: int, last: int) -> None:
+    base = open_base(world(tmp_path))
+    latents = torch.randn(1, 4, 16, 16)
+    for from_step in (last, last - 1):
+        settings = PaintSettings(steps, 1.0, from_step)
+        refused = pytest.raises(ValueError) if from_step < last else nullcontext()
+        with refused:
+            ControlnetConfig(paint_steps=steps, from_step=from_step)
+        with refused:
+            paint(base, None, ["a person"], latents, [1], settings)
 
 
 def read(tmp_path: Path, *words: str) -> tuple[ReadPeople, Any]:

@@ -145,6 +145,23 @@ def test_empty_lists_are_refused(config: Config) -> None:
             stage.run(broken, open_run(broken, "train-controlnet"))
 
 
+@pytest.mark.parametrize("weights", ["[1]", "[1, 1, 1, 1, 1]"])
+def test_weights_that_are_not_one_per_stage_are_refused_before_training(
+    tmp_path: Path, weights: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "held_out", lambda *args: pytest.fail("work began"))
+    config = world(tmp_path, f"controlnet.objective.tap_weights={weights}")
+    with pytest.raises(BadConfig, match=r"tap_weights has . entries, but .* has \d stages"):
+        stage.Workshop.open(config)
+
+
+def test_no_sample_sheets_on_the_way_leave_the_one_at_the_end(tmp_path: Path) -> None:
+    config = world(tmp_path, "controlnet.variants=[baseline]", "controlnet.sample_every=0")
+    stage.run(config, folder := open_run(config, "train-controlnet"))
+    sheets = (folder.path / "baseline-seed0" / "samples").iterdir()
+    assert [path.name for path in sheets] == ["step_00000004.png"]
+
+
 def sd_words(tmp_path: Path) -> list[str]:
     """SD 1.5's own config file, brought down to tiny models and eight pictures."""
     split = write_split(tmp_path / "coco", 8, seed=0)

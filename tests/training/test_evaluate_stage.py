@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from difflora_core.errors import BadConfig, DiffLoRAError
+from difflora_core.errors import BadConfig, BadWeightsFile, DiffLoRAError
 from tests.training.tiny_world import evaluated_world
 from training.__main__ import main, open_run
 from training.artifacts import artifacts_folder
@@ -109,6 +109,18 @@ def test_impossible_settings_are_refused(tmp_path: Path) -> None:
     for words in (["eval.rows=[bse]"], ["eval.people=1"]):
         with pytest.raises(BadConfig):
             check_rows(load_config(file, words).eval)
+
+
+@pytest.mark.parametrize("row", ["predicted", "best_of_4", "refined"])
+def test_a_predictor_that_cannot_be_opened_is_refused_before_any_work(
+    tmp_path: Path, row: str
+) -> None:
+    damaged = tmp_path / "predictor.safetensors"
+    for sentence in ("does not exist", "no safetensors file"):
+        with pytest.raises(BadWeightsFile, match=sentence):
+            check_rows(EvalConfig(rows=("base", row), predictor=str(damaged)))
+        damaged.write_bytes(b"half")
+    check_rows(EvalConfig(rows=("base", "teacher"), predictor=str(damaged)))
 
 
 def test_missing_judges_name_the_stage(config: Config) -> None:

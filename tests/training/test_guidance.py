@@ -18,6 +18,7 @@ from tests.training.tiny_world import evaluated_world, write_world
 from training.__main__ import main
 from training.base.painter import Estimate, Painter
 from training.config import Config, load_config
+from training.guidance import stage
 from training.guidance.config import GuidanceConfig, read_window
 from training.guidance.factors import FactorReader
 from training.guidance.painting import rows
@@ -76,6 +77,16 @@ def test_rows_follow_the_grid() -> None:
     assert chosen is not None and chosen.strength == 4 and chosen.window == window_below(200)
     with pytest.raises(BadConfig):
         list(rows(GuidanceConfig(strengths=())))
+
+
+def test_one_reference_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(stage, "draw_trial", lambda *args: pytest.fail("work began"))
+    (tmp_path / "tiny.toml").write_text(f'[run]\nroot = "{tmp_path / "run"}"\n')
+    words = [*SMALL, "eval.references=1", "--config", str(tmp_path / "tiny.toml")]
+    assert main(["evaluate-guidance", *words]) == 2
+    assert "eval.references is 1" in caplog.text
 
 
 def test_windows_are_read() -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,34 @@ def test_diverged_loss_is_reported(tmp_path: Path) -> None:
     job = Job(tmp_path)
     with pytest.raises(TrainingDiverged, match="nan"):
         job.trainer.fit(lambda i: {"loss": job.step(i)["loss"] * math.nan})
+
+
+def _bad_loss(loss: Tensor, weight: Tensor) -> Tensor:
+    return loss * math.nan
+
+
+def _bad_slope(loss: Tensor, weight: Tensor) -> Tensor:
+    """The loss itself stays as it is."""
+    return loss + (0 * weight).abs().sqrt().sum()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "first", "sentence"),
+    [(_bad_loss, 2, "The loss"), (_bad_slope, 2, "The loss"), (_bad_slope, 3, "The weights")],
+)
+def test_a_diverged_training_writes_no_checkpoint(
+    tmp_path: Path, spoil: Callable[[Tensor, Tensor], Tensor], first: int, sentence: str
+) -> None:
+    run = dataclasses.replace(RUN, log_every=8, checkpoint_every=2, keep_last=1)
+    job = Job(tmp_path, run=run)
+
+    def step(i: int) -> dict[str, Tensor]:
+        loss = job.step(i)["loss"]
+        return {"loss": spoil(loss, next(job.model.parameters())) if i == first else loss}
+
+    with pytest.raises(TrainingDiverged, match=f"{sentence} of job .* no longer finite at step 4"):
+        job.trainer.fit(step)
+    assert [p.name for p in job.folder.checkpoints()] == ["step_00000002"]
 
 
 def test_ema_follows_its_formula(tmp_path: Path) -> None:

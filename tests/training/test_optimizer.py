@@ -57,3 +57,17 @@ def run(folder: Path, steps: tuple[int, ...]) -> Tensor:
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     assert torch.equal(run(tmp_path / "whole", (40,)), run(tmp_path / "parts", (13, 40)))
+
+
+def test_a_resumed_run_trains_by_its_own_settings(tmp_path: Path) -> None:
+    folder, config = RunFolder.create(tmp_path, "job"), RunConfig(device="cpu")
+    before = OptimConfig(steps=2, lr=0.1, muon_lr=0.2, weight_decay=0.1, betas=(0.9, 0.99))
+    after = OptimConfig(steps=4, lr=0.01, muon_lr=0.02, weight_decay=0.3, betas=(0.8, 0.95))
+    for optim in (before, after):
+        model = nn.Linear(8, 8)
+        trainer = Trainer({"model": model}, optim, config, folder)
+        trainer.fit(lambda i, model=model: {"loss": model(torch.ones(1, 8)).square().mean()})
+    adamw, muon = (optimizer.param_groups[0] for optimizer in trainer.optimizers)
+    assert (adamw["peak_lr"], adamw["betas"]) == (0.01, (0.8, 0.95))
+    assert (muon["peak_lr"], muon["weight_decay"]) == (0.02, 0.3)
+    assert trainer.optimizers[0].state_dict()["state"][0]["step"] == 4, "its moments go on"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..run_config import OptimConfig
+from ..run_config import OptimConfig, at_least
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,9 @@ class ObjectiveConfig:
     embedding_weight: float = 1.0
     """Weight of the face network's embedding beside its stages."""
 
+    def __post_init__(self) -> None:
+        at_least(0, self, "tap_weights", "embedding_weight")
+
 
 @dataclass(frozen=True)
 class ControlnetEvalConfig:
@@ -73,7 +76,7 @@ class ControlnetEvalConfig:
     portraits: int = 64
     """Held-out pictures of one person, drawn from the seed."""
     groups: int = 32
-    """Held-out pictures of two or three people."""
+    """Held-out pictures of two or three people; 0 = none."""
     seed: int = 0
     """Draws people, scenes, prompts and painting noise; any seed is a fresh held-out set."""
     fid_pictures: int = 2000
@@ -82,6 +85,11 @@ class ControlnetEvalConfig:
     """Drawn portraits that the reader of identity factors is fitted on."""
     sheet: int = 8
     """Pictures on the sheet; 0 = no sheet."""
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "groups")
+        at_least(2, self, "fid_pictures")
+        at_least(4, self, "factor_pictures")
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,7 @@ class ControlnetConfig:
     check: int = 64
     """Held-out pictures of the figures and of the sample sheet."""
     sample_every: int = 2000
-    """Steps between sample sheets."""
+    """Steps between sample sheets; 0 = only the one at the end."""
     from_step: int = 600
     """Timestep that sample sheets and evaluation noise true pictures to, before painting on."""
     paint_steps: int = 20
@@ -140,3 +148,13 @@ class ControlnetConfig:
         default_factory=lambda: OptimConfig(steps=6000, lr=2e-4, warmup=200, ema=0.999)
     )
     """Optimiser."""
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "sample_every")
+        at_least(1, self, "batch", "pool", "check", "paint_steps")
+        last = round(1000 / self.paint_steps) - 1  # as repaint.py spaces them
+        if last > self.from_step:
+            raise ValueError(
+                f"from_step {self.from_step} leaves no step to paint: the last of "
+                f"{self.paint_steps} paint_steps lies at timestep {last}"
+            )

@@ -12,7 +12,7 @@ from torch import Tensor
 from difflora_core.config import to_dict
 from difflora_core.errors import BadConfig
 from difflora_core.mask_aware.landmarks import open_landmark_network
-from difflora_core.mask_aware.networks import open_face_network
+from difflora_core.mask_aware.networks import FaceNetwork, open_face_network
 from difflora_core.mask_aware.perceptual import open_lpips
 
 from ..artifacts import artifact
@@ -51,10 +51,11 @@ class Workshop:
 
     @classmethod
     def open(cls, config: Config) -> Workshop:
-        """Models and data. Errors: MissingArtifact, BadWeightsFile, DiffLoRAError."""
+        """Models and data. Errors: BadConfig, MissingArtifact, BadWeightsFile, DiffLoRAError."""
         base = open_base(config)
         base_of(control_names(base.unet))  # what cannot be exported need not be trained
         loss = open_loss(config, base)
+        check_taps(loss.network, config.controlnet.objective.tap_weights, base.device)
         held = held_out(config, base, config.controlnet.check)
         return cls(config, base, loss, open_people(config, base), Checker(base, config, held, loss))
 
@@ -104,6 +105,22 @@ def check_records(
             record.check(part, record.decisive(config, objective))
 
 
+def check_taps(
+    network: FaceNetwork | None, weights: Sequence[float], device: torch.device
+) -> None:
+    """Errors: BadConfig where weights are given, but not one for each stage."""
+    if network is None or not weights:
+        return
+    crop = torch.zeros(1, 3, network.size, network.size, device=device)
+    stages = len(network(crop).taps)
+    if len(weights) != stages:
+        raise BadConfig(
+            f"controlnet.objective.tap_weights has {len(weights)} entries, but {network.name} has "
+            f"{stages} stages.",
+            hint="Give one weight for each, or none for equal ones.",
+        )
+
+
 def check_faces(index: Index, objectives: Sequence[ObjectiveConfig]) -> None:
     """Errors: BadConfig where faces are to be compared, and no picture has one with landmarks."""
     wanted = any(objective.face > 0 or objective.landmark > 0 for objective in objectives)
@@ -134,7 +151,7 @@ def train_control(
     control = new_control(base.unet, checkpointing=settings.checkpointing)
 
     def step(i: int) -> dict[str, Tensor]:
-        if i and i % settings.sample_every == 0:
+        if i and settings.sample_every and i % settings.sample_every == 0:
             workshop.checker.save_samples(control, folder, i)
         batch = workshop.people.draw(i, settings.batch, seed)
         context = base.encode(drop_prompts(batch.prompts, settings.drop_prompt))

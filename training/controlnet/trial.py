@@ -43,8 +43,8 @@ def draw_trial(settings: ControlnetEvalConfig, base: BaseModel) -> ControlTrial:
     generator = torch.Generator().manual_seed(settings.seed)
     portraits = _scenes(settings.portraits, 1, generator)
     halves = (settings.groups - settings.groups // 2, settings.groups // 2)
-    groups = [_scenes(n, people, generator) for n, people in zip(halves, (2, 3), strict=True)]
-    scenes = [portraits, *(group for group in groups if len(group))]
+    counts = [(n, people) for n, people in zip(halves, (2, 3), strict=True) if n]
+    scenes = [portraits, *(_scenes(n, people, generator) for n, people in counts)]
     prompts = [prompt for scene in scenes for prompt in describe(scene)]
     drawn = _together([render(scene.to(base.device)) for scene in scenes])
     noise = torch.randint(2**31, (len(prompts),), generator=generator).tolist()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from training.run_config import at_least
+
 ROWS = (
     "base", "average_lora", "nearest_lora", "textual_inversion", "teacher", "predicted_paper",
     "predicted", "best_of_4", "refined",
@@ -52,3 +54,8 @@ class EvalConfig:
     """Freshly drawn portraits that stand for real pictures in fid."""
     sheet_people: int = 8
     """People on the picture sheet; 0 = no sheet."""
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "steps")
+        at_least(1, self, "references", "candidates", "paint_steps")
+        at_least(2, self, "fid_pictures")  # a cloud of one picture has no width

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from difflora_core.config import to_dict
 from difflora_core.errors import BadConfig, DiffLoRAError
+from difflora_core.predictor import Predictor
 from training.artifacts import MissingArtifact
 from training.base.painter import Painter
 from training.config import Config
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 SHEET_LINES = ("base", "average_lora", "predicted", "teacher")
 """Rows on the picture sheet, under each person's photo."""
+PREDICTED = ("predicted", "best_of_4", "refined")
+"""Rows of `eval.predictor`."""
 
 
 def run(config: Config, folder: RunFolder) -> None:
@@ -96,12 +99,15 @@ def sheet_prompt(trial: Trial) -> int:
 
 
 def check_rows(settings: EvalConfig) -> None:
-    """Errors: BadConfig for rows that do not exist or too few people or prompts."""
+    """Errors: BadConfig for rows that do not exist or too few people or prompts, BadWeightsFile for
+    an `eval.predictor` that cannot be opened, of which only later rows would know."""
     unknown = [name for name in settings.rows if name not in ROWS]
     if unknown or not settings.rows:
         raise BadConfig(f"eval.rows has {unknown}; the rows are {', '.join(ROWS)}.")
     if settings.people < 2 or settings.prompts < 2:
         raise BadConfig("eval.people and eval.prompts must be at least 2 for an interval.")
+    if settings.predictor and not set(PREDICTED).isdisjoint(settings.rows):
+        Predictor.open(settings.predictor)
 
 
 def open_bench(config: Config) -> Bench:

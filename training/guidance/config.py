@@ -8,6 +8,7 @@ from typing import Literal
 
 from difflora_core.errors import BadConfig, DiffLoRAError
 from difflora_core.mask_aware.window import WINDOWS, SigmaWindow, window_below
+from training.run_config import at_least
 
 Mode = Literal["guided", "full", "predicted"]
 
@@ -40,6 +41,13 @@ class GuidanceConfig:
     """Drawn portraits that the reader of identity factors is fitted on."""
     sheet_people: int = 6
     """People on the picture sheet; 0 = no sheet."""
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "strengths")
+        at_least(1, self, "people", "prompts", "iterations")
+        at_least(4, self, "factor_pictures")  # one chooses what is fitted on three
+        if self.people * self.prompts < 2:
+            raise ValueError("people and prompts are both 1, but fid needs two pictures or more")
 
 
 def read_window(text: str) -> SigmaWindow:

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from difflora_core.config import to_dict
+from difflora_core.errors import BadConfig
 from training.base.painter import Painter
 from training.config import Config
+from training.evaluation.config import EvalConfig
 from training.evaluation.figures_file import check_place, write_figures
 from training.evaluation.judges import Judges
 from training.evaluation.measures import Yardstick, measure
@@ -68,6 +70,7 @@ class Gauge:
 def run(config: Config, folder: RunFolder) -> None:
     """Paint and measure all rows; figures, table and sheet are written after every row."""
     settings = config.guidance
+    check_references(config.eval)
     check_place(config)
     config = replace(
         config,
@@ -91,6 +94,15 @@ def run(config: Config, folder: RunFolder) -> None:
         logger.info("%s: %s (%.0f s)", row.name, ", ".join(words), time.monotonic() - begin)
         write(config, folder, gauge, studio, so_far)
     logger.info("\n%s", markdown(so_far.rows, COLUMNS))
+
+
+def check_references(settings: EvalConfig) -> None:
+    """Errors: BadConfig where no two pictures of a person tell what they have in common."""
+    if settings.references < 2:
+        raise BadConfig(
+            f"eval.references is {settings.references}, but evaluate-guidance compares every "
+            "person's references with each other; it must be at least 2."
+        )
 
 
 @dataclass(frozen=True)

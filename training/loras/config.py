@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from difflora_core.lora_space import LoraSpace
+
 
 @dataclass(frozen=True)
 class LorasConfig:
@@ -36,3 +38,6 @@ class LorasConfig:
     the same whatever the group, since nothing is shared between people but the frozen model."""
     shard: int = 512
     """LoRAs per file of the collected set."""
+
+    def __post_init__(self) -> None:
+        LoraSpace.for_mini(self.rank, self.gauge)  # it knows which ranks there are
