@@ -105,9 +105,7 @@ def check_records(
             record.check(part, record.decisive(config, objective))
 
 
-def check_taps(
-    network: FaceNetwork | None, weights: Sequence[float], device: torch.device
-) -> None:
+def check_taps(network: FaceNetwork | None, weights: Sequence[float], device: torch.device) -> None:
     """Errors: BadConfig where weights are given, but not one for each stage."""
     if network is None or not weights:
         return
