@@ -18,8 +18,8 @@ Detections = tuple[NDArray[np.float32], NDArray[np.float32]]
 DETECTION_SIZES = (640, 448, 320, 256, 192, 128)
 #: small pictures are not enlarged beyond this, where a detector only sees blur
 MAX_ENLARGEMENT = 2.5
-#: pixels, at the size of the detector, of the largest face that it places well: of larger ones the
-#: mini world's finds a part, and others see them best at such sizes, too
+#: pixels, at the size of the detector, of the largest face that it places well; of larger ones the
+#: mini world's often finds a part only
 LARGEST_FACE = 192
 #: a second look for faces larger than that is taken at a size so many times smaller at least
 FARTHER = 2.5
