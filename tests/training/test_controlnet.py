@@ -227,13 +227,13 @@ def test_empty_masks_and_no_faces_leave_the_diffusion_loss(shop: stage.Workshop)
 
 
 def test_faces_alone_decode_windows_and_agree_with_whole_pictures(shop: stage.Workshop) -> None:
-    """At 16 latents a window with its margin is the whole picture, so both ways are one."""
+    """But for the norms of the decoder, which in a window see the face and its margin only."""
     batch = batch_of(shop)
     found = [
         losses(shop, ObjectiveConfig(body=body), batch, [50] * 4)[0]["face"].item()
         for body in (0.2, 0.0)
     ]
-    assert found[0] == pytest.approx(found[1], rel=1e-3) and found[0] > 1e-4
+    assert found[0] == pytest.approx(found[1], rel=0.05) and found[0] > 1e-4
 
 
 def test_terms_vanish_where_the_prediction_is_right(shop: stage.Workshop) -> None:
