@@ -40,8 +40,7 @@ def guide_through(
     with torch.inference_mode(False), torch.enable_grad():
         kept = x0.detach().clone()
         estimate = kept.float()
-        pull = None if direction is None else direction.detach().clone().float()
-        plans = guide.plans(estimate, pull, cfg, sigma)
+        plans = guide.plans(estimate, direction, cfg, sigma)
         leaf = noisy.detach().clone().requires_grad_(True)
         guided, looks = estimate, []
         if plans:

@@ -138,8 +138,7 @@ class Guide:
         with torch.inference_mode(False), torch.enable_grad():
             kept = x0.detach().clone()
             estimate = kept.float()
-            pull = None if direction is None else direction.detach().clone().float()
-            plans = self.plans(estimate, pull, cfg, sigma)
+            plans = self.plans(estimate, direction, cfg, sigma)
             guided = self._descend(estimate, plans, sigma, lasting)
             if not plans:
                 return x0
@@ -153,6 +152,7 @@ class Guide:
         Faces of like size are together, up to a picture's worth of them: a small face in the window
         of a large one would cost as much as that.
         """
+        pull = None if direction is None else direction.detach().clone().float()
         faces = self._locate(estimate, sigma)
         size, upscale = (estimate.shape[-2], estimate.shape[-1]), self.decoder.upscale
         boxes = crop_boxes(faces.landmarks)
@@ -164,7 +164,7 @@ class Guide:
             few, here = faces.of(rows), boxes[rows]
             windows = face_windows(few.picture, here, size, upscale, self.settings.margin)
             inside = replace(windows, picture=torch.arange(len(few))).cut(masks[rows][:, None])
-            length = unit_length(windows, inside, estimate, direction, cfg, sigma)
+            length = unit_length(windows, inside, estimate, pull, cfg, sigma)
             length = self.settings.strength * length
             plans.append(Plan(rows, few, windows, windows.part(here, upscale), inside, length))
         return plans
