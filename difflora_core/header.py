@@ -47,6 +47,7 @@ _SS_BEGINNINGS = {
 _FILE_FACTS = (
     "ss_network_dim", "ss_network_alpha", "ss_network_module", "ss_network_args", "sshs_",
     "modelspec.hash_sha256",
+    "lora_adapter_metadata",  # diffusers' ranks and alphas, which it refuses beside kohya's
 )  # fmt: skip
 _CERTIFICATES = "difflora.certificates"
 
@@ -84,7 +85,7 @@ class LoraHeader:
             "modelspec.description": self.description,
             "modelspec.trigger_phrase": self.trigger,
             "modelspec.merged_from": ", ".join(self.merged_from),
-            **self._base_fields(),
+            **base_fields(self.base),
             "difflora.version": __version__,
             "difflora.space": self.space_id,
             "difflora.predictor": self.predictor_hash,
@@ -93,16 +94,18 @@ class LoraHeader:
         }
         return {name: value for name, value in fields.items() if value}
 
-    def _base_fields(self) -> dict[str, str]:
-        if self.base is None:
-            return {}
-        names = BASE_NAMES[self.base]
-        return {
-            "modelspec.architecture": f"{names.architecture}/lora",
-            "modelspec.implementation": names.implementation,
-            "modelspec.resolution": names.resolution,
-            "ss_base_model_version": names.ss_version,
-        }
+
+def base_fields(base: str | None) -> dict[str, str]:
+    """What a header says of the base model; nothing of one without a name here."""
+    if base is None:
+        return {}
+    names = BASE_NAMES[base]
+    return {
+        "modelspec.architecture": f"{names.architecture}/lora",
+        "modelspec.implementation": names.implementation,
+        "modelspec.resolution": names.resolution,
+        "ss_base_model_version": names.ss_version,
+    }
 
 
 def network_fields(ranks: Sequence[int], alphas: Sequence[float]) -> dict[str, str]:

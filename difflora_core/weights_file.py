@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from .errors import BadConfig, BadWeightsFile
-from .header import HASH_FIELDS, LoraHeader, network_fields, of_a_copy
+from .header import (
+    HASH_FIELDS,
+    LoraHeader,
+    base_fields,
+    base_named_in,
+    network_fields,
+    of_a_copy,
+)
+from .key_names import detect_base
 from .lora import Lora
 from .lora_reading import LoraReading, read_lora_source, read_lora_tensors, take_layers
 from .lora_writing import finite_tensors, outlines_of, tensors_of
@@ -120,17 +128,19 @@ def write_lora(
 ) -> None:
     """Write kohya's keys with a header, a hash of the weights included. Raises BadWeightsFile.
 
-    What the header says of ranks, alphas and hashes is worked out anew, and fields with a path or
-    a photo are left out. Layers are asked for one by one and let go once they are written.
+    What the header says of ranks, alphas and hashes is worked out anew, the base model is named
+    where it names none, and fields with a path or a photo are left out. Layers are asked for one by
+    one and let go once they are written.
     """
     fields = header.to_dict() if isinstance(header, LoraHeader) else dict(header)
+    base = {} if base_named_in(fields) else base_fields(detect_base(lora))
     outline = lora.outline.values()
     network = network_fields([one.rank for one in outline], [one.alpha for one in outline])
     write_tensors(
         path,
         outlines_of(lora, dtype),
         finite_tensors(lora, dtype),
-        of_a_copy(fields) | network,
+        base | of_a_copy(fields) | network,
         overwrite,
         hash_field="modelspec.hash_sha256",
     )

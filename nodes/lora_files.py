@@ -9,7 +9,6 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..difflora_core.header import LoraHeader
-from ..difflora_core.key_names import detect_base
 from ..difflora_core.weights_file import identified, open_lora, write_lora
 from . import host, lora_models, sockets
 from .lora_models import PRECISIONS
@@ -113,9 +112,8 @@ class SaveLora(io.ComfyNode):
         title = {"modelspec.title": path.stem.strip("_")}
         if trigger:
             title["modelspec.trigger_phrase"] = trigger
-        base = None if layers.naming else detect_base(layers)
-        known = layers.metadata or LoraHeader(path.stem, base).to_dict()
-        write_lora(layers, path, {**known, **title}, dtype=PRECISIONS[precision])
+        header = {**LoraHeader(path.stem).to_dict(), **layers.metadata, **title}
+        write_lora(layers, path, header, dtype=PRECISIONS[precision])
         return io.NodeOutput(str(path), ui=ui.PreviewText(f"saved {path.name}"))
 
 

@@ -86,5 +86,6 @@ def test_paths_and_photos_do_not_travel(text: str, kept: bool) -> None:
 
 def test_what_is_worked_out_anew_is_not_copied() -> None:
     old = {"ss_network_dim": "32", "sshs_model_hash": "ab", "difflora.certificates": "{}"}
+    old |= {"lora_adapter_metadata": "{}"}
     assert of_a_copy(old) == {"difflora.certificates": "{}"}
     assert without_weight_facts(old) == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from difflora_core.__main__ import main
 from difflora_core.header import LoraHeader
 from difflora_core.key_names import module_table
 from difflora_core.lora import Lora
@@ -220,3 +222,26 @@ def test_diffusers_maps_every_sdxl_key_that_we_write() -> None:
     mapped = {m.replace(".processor.", ".").replace(".to_out", ".to_out.0") for m in modules}
     assert mapped == set(lora.layers)
     assert len(alphas) == len(lora)
+
+
+@pytest.mark.parametrize("rank", [None, 2])
+def test_copies_of_what_diffusers_saves_load_in_diffusers(
+    pipeline: StableDiffusionPipeline, tmp_path: Path, rank: int | None
+) -> None:
+    """Its header tells of ranks and alphas, which it refuses beside those of kohya's keys."""
+    unet = copy.deepcopy(pipeline.unet)
+    _trained(unet, LoraConfig(r=4, lora_alpha=8, target_modules=ATTENTION))
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=get_peft_model_state_dict(unet),
+        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+    )
+    source, file = tmp_path / "pytorch_lora_weights.safetensors", tmp_path / "a.safetensors"
+    if rank is None:
+        lora = read_lora(source)
+        write_lora(lora, file, lora.metadata, dtype=torch.float32)
+    else:
+        words = ["resize", str(source), "--rank", str(rank), "--out", str(file)]
+        assert main(words) == 0
+        lora = read_lora(file)
+    agree(lora, fused_differences(pipeline, file))

@@ -80,6 +80,18 @@ def test_stale_facts_and_paths_of_a_copied_header_are_left_out(tmp_path: Path) -
     assert not {"sshs_model_hash", "ot_config"} & set(header)
 
 
+def test_the_base_model_is_named_where_the_header_names_none(tmp_path: Path) -> None:
+    write_lora(attention_lora("sdxl"), tmp_path / "a.safetensors", {"format": "pt"})
+    _, header = read_safetensors(tmp_path / "a.safetensors")
+    assert header["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert header["ss_base_model_version"] == "sdxl_base_v1-0"
+    own = {"ss_base_model_version": "sdxl_base_v0-9"}
+    write_lora(attention_lora("sdxl"), tmp_path / "b.safetensors", own)
+    _, header = read_safetensors(tmp_path / "b.safetensors")
+    assert header["ss_base_model_version"] == "sdxl_base_v0-9"
+    assert "modelspec.architecture" not in header
+
+
 def test_the_hash_is_that_of_the_weights_alone(tmp_path: Path) -> None:
     lora = attention_lora("mini")
     hashes = []
