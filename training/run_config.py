@@ -80,6 +80,14 @@ class OptimConfig:
     """Arithmetic of the forward pass: auto is bf16 autocast on cuda and fp32 on cpu."""
 
 
+def at_most(highest: float, settings: Any, *names: str) -> None:
+    """For `__post_init__`: none of these settings is above `highest`. Errors: ValueError."""
+    for name in names:
+        value = getattr(settings, name)
+        if not value <= highest:
+            raise ValueError(f"{name} must be {highest:g} or less, found {value}")
+
+
 def at_least(lowest: int, settings: Any, *names: str) -> None:
     """For `__post_init__`: these settings, or their entries, are finite and not below `lowest`.
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from training.run_config import at_least
+from difflora_core.predictor import MAX_CANDIDATES
+from difflora_core.sampler import MAX_STEPS
+
+from ..run_config import at_least, at_most
 
 ROWS = (
     "base", "average_lora", "nearest_lora", "textual_inversion", "teacher", "predicted_paper",
@@ -56,6 +59,8 @@ class EvalConfig:
     """People on the picture sheet; 0 = no sheet."""
 
     def __post_init__(self) -> None:
-        at_least(0, self, "steps")
-        at_least(1, self, "references", "candidates", "paint_steps")
+        at_least(0, self, "steps", "batch", "refine_steps", "inversion_steps", "sheet_people")
+        at_least(1, self, "people", "prompts", "references", "candidates", "paint_steps")
+        at_most(MAX_STEPS, self, "steps")
+        at_most(MAX_CANDIDATES, self, "candidates")
         at_least(2, self, "fid_pictures")  # a cloud of one picture has no width

@@ -7,6 +7,8 @@ from typing import Literal
 
 from difflora_core.lora_space import LoraSpace
 
+from ..run_config import at_least
+
 
 @dataclass(frozen=True)
 class LorasConfig:
@@ -40,4 +42,10 @@ class LorasConfig:
     """LoRAs per file of the collected set."""
 
     def __post_init__(self) -> None:
+        at_least(0, self, "first", "draws", "lr", "prior", "group")
+        at_least(1, self, "people", "steps", "pictures", "batch", "shard")
+        if self.batch > self.pictures:
+            raise ValueError(
+                f"batch must be at most pictures ({self.pictures}), found {self.batch}"
+            )
         LoraSpace.for_mini(self.rank, self.gauge)  # it knows which ranks there are

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..run_config import OptimConfig
+from difflora_core.sampler import MAX_STEPS
+
+from ..run_config import OptimConfig, at_least, at_most
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,11 @@ class AutoencoderTraining:
     )
     """Optimiser."""
 
+    def __post_init__(self) -> None:
+        at_least(1, self, "batch")
+        at_least(0, self, "magnitude", "delta", "jitter", "mix")
+        at_most(1, self, "mix")
+
 
 @dataclass(frozen=True)
 class DitTraining:
@@ -45,6 +53,11 @@ class DitTraining:
         default_factory=lambda: OptimConfig(steps=6000, lr=1e-3, warmup=300, ema=0.999)
     )
     """Optimiser."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "batch", "photos")
+        at_least(0, self, "drop", "drop_source")
+        at_most(1, self, "drop", "drop_source")
 
 
 @dataclass(frozen=True)
@@ -90,6 +103,13 @@ class FinetuneTraining:
     )
     """Optimiser."""
 
+    def __post_init__(self) -> None:
+        at_least(1, self, "people", "pictures", "photos", "batch", "per_person", "rollout")
+        at_least(0, self, "first", "fresh_scale", "drop_source", "min_snr", "minutes", "shrink")
+        at_least(0, self, "face", "face_last")
+        at_most(1, self, "drop_source", "face")
+        at_most(MAX_STEPS, self, "rollout")
+
 
 @dataclass(frozen=True)
 class CalibrationConfig:
@@ -105,6 +125,12 @@ class CalibrationConfig:
     """Strengths to try."""
     lost_accuracy: float = 0.02
     """How much prompt accuracy a strength may cost against the base model."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "people", "prompts")
+        at_least(0, self, "first", "strengths")
+        if not self.strengths:
+            raise ValueError("strengths must name at least one")
 
 
 @dataclass(frozen=True)
@@ -125,3 +151,7 @@ class PredictorTrainingConfig:
     """Stage finetune-predictor."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     """Last step of the final stage."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ValueError(f"name must be a plain file name, found {self.name!r}")
