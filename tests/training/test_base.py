@@ -10,6 +10,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from open_clip.tokenizer import SimpleTokenizer
 
+from difflora_core.errors import BadConfig
 from difflora_core.lora_space import LoraSpace
 from difflora_core.mini_world import open_part
 from tests.training.tiny_world import write_world
@@ -188,3 +189,15 @@ def test_training_can_go_on_from_an_artifact(config: Config, tmp_path: Path) -> 
     after = open_part("vae.safetensors", artifacts_folder(config)).tensors
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert any(tensor.abs().sum() > 0 for tensor in before.values())
+
+
+def test_an_artifact_of_other_sizes_is_refused_before_any_work(
+    config: Config, tmp_path: Path
+) -> None:
+    vae = ["base.only=[vae]", "base.vae.start=artifact", "base.vae.channels=[16,32,64,96]"]
+    unet = ["base.only=[unet]", "base.unet.start=artifact", "base.unet.channels=[96,128]"]
+    file = tmp_path / "tiny.toml"
+    for words in (vae, unet):
+        other = load_config(file, words)
+        with pytest.raises(BadConfig, match=r"built otherwise: block_out_channels \[.* there and"):
+            train_base(other, open_run(other, "train-base"))

@@ -9,6 +9,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from difflora_core.errors import BadConfig
+
 from ..artifacts import read_artifact
 from ..config import Config
 from .config import TextConfig, UnetConfig, VaeConfig
@@ -131,6 +133,18 @@ def open_text(config: Config) -> TextModel:
     weights = {k: v for k, v in tensors.items() if not k.startswith("token_")}
     weights[TOKEN_TABLE] = tensors["token_rows"]
     return _frozen(build_compact_text(built_from), weights)
+
+
+def check_start(config: Config, name: str, wanted: dict[str, Any]) -> None:
+    """Whether artifact `name` has the sizes that this configuration asks for. Errors: BadConfig."""
+    _, found = read_artifact(config, name)
+    unlike = sorted(key for key in wanted if found.get(key) != wanted[key])
+    if unlike:
+        told = ", ".join(f"{key} {found.get(key)} there and {wanted[key]} here" for key in unlike)
+        raise BadConfig(
+            f"Training cannot start from the artifact {name}, which is built otherwise: {told}.",
+            hint="Set the sizes as they were, or start=fresh.",
+        )
 
 
 def _frozen(module: nn.Module, tensors: dict[str, Tensor]) -> Any:

@@ -18,6 +18,7 @@ from .models import (
     Unet,
     build_compact_text,
     build_unet,
+    check_start,
     open_text,
     open_unet,
     open_vae,
@@ -39,6 +40,9 @@ def train_unet(config: Config, folder: RunFolder) -> None:
     Under torchrun (see `parallel`) every process takes `batch` latents per step.
     """
     base, device = config.base, config.run.torch_device()
+    if base.unet.start == "artifact":
+        check_start(config, "unet", unet_config(base.unet, base.text))
+        check_start(config, "text_encoder", text_config(base.text))
     torch.manual_seed(config.run.seed)
     part = folder.part("unet")
     with parallel.first_one_first():

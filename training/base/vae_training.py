@@ -20,7 +20,7 @@ from ..portraits import render, sample_scenes
 from ..run_folder import RunFolder
 from .config import VaeConfig
 from .critic import Critic, balance, critic_loss, painter_loss
-from .models import Vae, build_vae, open_vae, start_residuals_at_zero, vae_config
+from .models import Vae, build_vae, check_start, open_vae, start_residuals_at_zero, vae_config
 from .pool import decode_latents, encode_images
 
 _WHOLE_EVERY = 4
@@ -33,6 +33,8 @@ _ANYWHERE = 0.25
 def train_vae(config: Config, folder: RunFolder) -> None:
     """Train, measure on held-out people, and write the artifact `vae`."""
     settings, device = config.base.vae, config.run.torch_device()
+    if settings.start == "artifact":
+        check_start(config, "vae", vae_config(settings))
     torch.manual_seed(config.run.seed)
     vae = build_vae(vae_config(settings)).to(device, memory_format=torch.channels_last)
     if settings.start == "artifact":
