@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import json
 import logging
 import pkgutil
@@ -31,6 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in arguments
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a title may have letters that a console has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args = _parser().parse_args(arguments)
         report = args.module.run(args)

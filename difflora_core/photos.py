@@ -167,6 +167,11 @@ def _check_size(width: int, height: int, name: str) -> None:
 
 
 def _damaged(name: str, error: Exception) -> BadImage:
+    if isinstance(error, OSError) and error.strerror:  # the system's, not the decoder's
+        return BadImage(
+            f"{name} could not be read: {error.strerror}.",
+            hint="Check the rights of the file, and the disk.",
+        )
     detail = " ".join(str(error).split()).rstrip(".")
     if isinstance(error, MemoryError):  # which has no words of its own
         detail = "it asks for more memory than there is"

@@ -77,7 +77,7 @@ def check_free(path: Path, overwrite: bool, suffix: str = ".safetensors") -> Non
     if path.suffix != suffix:
         raise BadWeightsFile(f"{path.name} must end in {suffix}.")
     _refuse_name(path)
-    if path.exists() and not overwrite:
+    if os.path.exists(path) and not overwrite:  # unlike Path.exists, false where nobody may look
         raise BadWeightsFile(f"{path} exists already.", hint="Choose another name or --overwrite.")
 
 

@@ -197,7 +197,12 @@ def _read_header(path: Path) -> tuple[dict, int, tuple[int, int]]:
                     f"{path.name} is no safetensors file.", hint=_what(file, state[0])
                 )
             content = _parsed(file.read(length))
-    except (ValueError, OSError, RecursionError) as error:
+    except OSError as error:
+        raise BadWeightsFile(
+            f"{path.name} could not be read: {error.strerror or error}.",
+            hint="Check the rights of the file, and the disk.",
+        ) from error
+    except (ValueError, RecursionError) as error:
         raise _broken(path, str(error)) from error
     if not isinstance(content, dict):
         raise _broken(path, "it is no object")

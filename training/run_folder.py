@@ -105,14 +105,17 @@ class RunFolder:
         """Write the checkpoint of `step` atomically, then delete all but the newest `keep_last`."""
         place = self.path / "checkpoints" / f"step_{step:08d}"
         temporary = place.with_name(f".{place.name}.{os.getpid()}")
-        temporary.mkdir(parents=True)
         try:
+            temporary.mkdir(parents=True)
             for name, weights in modules.items():
                 save_file(_contiguous(weights), temporary / f"{name}.safetensors")
             torch.save(state, temporary / "state.pt")
             if place.exists():
                 shutil.rmtree(place)
             temporary.rename(place)
+        except (SafetensorError, RuntimeError) as error:  # what the libraries make of a full disk
+            reason = (str(error).splitlines() or ["no reason given"])[0].rstrip(".")
+            raise OSError(f"The checkpoint {place.name} could not be written: {reason}") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         for old in self.checkpoints()[: -max(keep_last, 1)]:
@@ -124,7 +127,7 @@ class RunFolder:
         for path in reversed(self.checkpoints()):
             try:
                 return read_checkpoint(path)
-            except (OSError, SafetensorError, RuntimeError, EOFError) as error:
+            except Exception as error:  # the libraries raise what they like, KeyError too
                 logger.warning("checkpoint %s is damaged and is skipped: %s", path.name, error)
         return None
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from safetensors.torch import save_file
 
 from difflora_core.__main__ import main
 from difflora_core.header import LoraHeader
+from difflora_core.shell import check_free
 from difflora_core.weights_file import write_lora
 from tests.core.lora_samples import attention_lora
 
@@ -104,3 +107,27 @@ def test_layers_that_change_nothing_are_counted(tmp_path: Path, capsys) -> None:
     write_lora(replace(lora, layers={**lora.layers, **still}), tmp_path / "a.safetensors", {})
     assert main(["inspect", str(tmp_path / "a.safetensors"), "--json"]) == 0
     assert "1 of 56 layers change nothing." in json.loads(capsys.readouterr().out)["warnings"]
+
+
+def test_titles_that_a_console_cannot_spell(tmp_path: Path, monkeypatch) -> None:
+    """As on Windows, where piped text is in the code page of the country."""
+    path = tmp_path / "a.safetensors"
+    write_lora(attention_lora("mini"), path, LoraHeader(title="\u65e5\u672c", base="mini"))
+    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
+    assert main(["inspect", str(path)]) == 0
+    console.flush()
+    assert rb"\u65e5\u672c" in console.buffer.getvalue()  # type: ignore[attr-defined]
+
+
+def test_folders_that_nobody_may_look_into(tmp_path: Path, monkeypatch, capsys) -> None:
+    def locked(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    path = tmp_path / "a.safetensors"
+    write_lora(attention_lora("mini"), path, LoraHeader(title="a"))
+    monkeypatch.setattr(Path, "open", locked)
+    assert main(["inspect", str(path)]) == 2
+    assert "a.safetensors could not be read: Permission denied." in capsys.readouterr().err
+    monkeypatch.setattr(Path, "exists", locked)
+    check_free(path.with_name("b.safetensors"), overwrite=False)

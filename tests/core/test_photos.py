@@ -228,3 +228,13 @@ def test_sizes_are_refused_with_the_name_of_the_file(tmp_path: Path) -> None:
 def test_a_name_that_no_disk_can_hold_is_no_picture() -> None:
     with pytest.raises(BadImage, match="There is no picture at"):
         load_photo("x" * 300 + ".png")
+
+
+def test_a_picture_that_nobody_may_read_is_not_called_damaged(
+    tmp_path: Path, picture: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path, Image.fromarray(picture), "p.png")
+    monkeypatch.setattr(Image, "open", _raising(PermissionError(13, "Permission denied")))
+    with pytest.raises(BadImage, match=r"p\.png could not be read: Permission denied") as error:
+        load_photo(path)
+    assert "rights" in error.value.hint

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from difflora_core.errors import DiffLoRAError
@@ -185,3 +186,26 @@ def test_log_is_written_by_training(tmp_path: Path) -> None:
     rows = read_csv(job.folder.log_path)
     assert [row["step"] for row in rows] == ["2", "4", "6", "8"]
     assert {"loss", "lr", "items_per_s"} <= set(rows[0])
+
+
+@pytest.mark.parametrize("content", [b"text", b"\x00", b""])
+def test_a_damaged_state_is_skipped_whatever_is_in_it(tmp_path: Path, content: bytes) -> None:
+    job = Job(tmp_path)
+    job.trainer.fit(job.step)
+    (job.folder.checkpoints()[-1] / "state.pt").write_bytes(content)
+    found = job.folder.newest()
+    assert found is not None and found.step == 4
+
+
+@pytest.mark.parametrize("broken", ["save_file", "torch.save"])
+def test_a_full_disk_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise {"save_file": SafetensorError, "torch.save": RuntimeError}[broken]("No space.\nx")
+
+    monkeypatch.setattr(f"training.run_folder.{broken}", full)
+    job = Job(tmp_path)
+    with pytest.raises(OSError, match=r"step_00000004 could not be written: No space$"):
+        job.trainer.fit(job.step)
+    assert not list((job.folder.path / "checkpoints").iterdir())

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch.multiprocessing as multiprocessing
 
-from difflora_core.errors import BadConfig
+from difflora_core.errors import BadConfig, DiffLoRAError
 from difflora_core.recogniser import ConvNeXtConfig, IResNetConfig
 
 from ..artifacts import artifacts_folder, record_artifact, save_artifact
@@ -64,7 +64,10 @@ def train_one(name: str, config: Config, path: Path) -> None:
 
 
 def _train_at_once(config: Config, folder: RunFolder) -> None:
-    """Each encoder in a process of its own; the first failure ends the stage."""
+    """Each encoder in a process of its own; the others go on where one fails.
+
+    Errors: DiffLoRAError, once all have ended.
+    """
     context = multiprocessing.get_context("spawn")
     workers = [
         context.Process(target=train_one, args=(name, config, folder.path), name=name)
@@ -76,7 +79,7 @@ def _train_at_once(config: Config, folder: RunFolder) -> None:
         worker.join()
     failed = [worker.name for worker in workers if worker.exitcode]
     if failed:
-        raise RuntimeError(f"training failed for {', '.join(failed)}; see the messages above")
+        raise DiffLoRAError(f"Training failed for {', '.join(failed)}; see the messages above.")
 
 
 def _detector(config: Config, folder: RunFolder) -> Figures:
