@@ -27,7 +27,8 @@ def encode_photos(
     """Encode P photos [H, W, 3] uint8 RGB of one person and weigh them against each other.
 
     Without a face encoder nothing is detected and all photos weigh the same. The image encoder sees
-    the whole photo, or a square around the chosen face where the photo shows several people.
+    the middle square of the photo, or a square around the chosen face where the photo shows several
+    people or the middle leaves out a part of the face.
     Errors: NoFaceFound with the photo's number, BadImage without photos, DiffLoRAError without
     any encoder.
     """
@@ -82,10 +83,20 @@ def _which_face(note: PhotoNote, faces: list[Face], chosen: Face | None) -> Phot
 
 
 def _view(photo: Pixels, faces: list[Face], chosen: Face | None) -> Pixels:
-    """What the image encoder sees: the other people of a group photo would mislead it."""
-    if chosen is None or len(faces) < 2:
+    """What the image encoder sees: the other people of a group photo would mislead it, and of a
+    long photo it takes the middle, where nobody may be."""
+    if chosen is None or (len(faces) < 2 and _in_the_middle(photo, chosen)):
         return photo
     return square_crop(photo, chosen.box.tolist())
+
+
+def _in_the_middle(photo: Pixels, face: Face) -> bool:
+    """Whether the photo's middle square holds all of the face that the photo shows."""
+    height, width = photo.shape[:2]
+    box = face.box.clip(0, [width, height, width, height])
+    edges = np.array([width - min(height, width), height - min(height, width)]) / 2
+    low, high = edges, np.array([width, height]) - edges
+    return bool((box[:2] >= low).all() and (box[2:] <= high).all())
 
 
 @torch.no_grad()

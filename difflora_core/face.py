@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,13 +27,15 @@ Choice = Literal["largest", "leftmost", "rightmost", "topmost", "center"] | int
 CHOICES: tuple[str, ...] = ("largest", "leftmost", "rightmost", "topmost", "center")
 #: where an analysis that we opened remembers its pack, whose files may lie in another-named folder
 _NAME = "difflora_pack"
+#: metadata field of a recogniser's ONNX file: which training of it this is
+TRAINING_FIELD = "difflora.training"
 #: of a face number; Python refuses to read thousands of them
 _DIGITS = 9
 
 
-@dataclass(frozen=True)
-class Face:
-    """One face of a picture."""
+@dataclass(frozen=True, kw_only=True)
+class FoundFace:
+    """Where one face of a picture is."""
 
     box: NDArray[np.float32]
     """x1, y1, x2, y2 in pixels; may reach beyond the picture."""
@@ -41,17 +43,8 @@ class Face:
     """[5, 2] in pixels: eye on the picture's left, other eye, nose, corners of the mouth."""
     score: float
     """The detector's confidence, 0..1."""
-    embedding: NDArray[np.float32]
-    """[D], as the recogniser gives it: its length says how clear the face is."""
-    sharpness: float
-    """Variance of the Laplacian of the aligned face; a blurred face has a low one."""
     picture: tuple[int, int]
     """Width and height of the picture in pixels."""
-
-    @property
-    def unit_embedding(self) -> NDArray[np.float32]:
-        """The embedding at length 1; the cosine of two faces is the dot product of theirs."""
-        return self.embedding / max(float(np.linalg.norm(self.embedding)), 1e-8)
 
     @property
     def area(self) -> float:
@@ -65,6 +58,24 @@ class Face:
         return (x1 + x2) / 2, (y1 + y2) / 2
 
 
+@dataclass(frozen=True, kw_only=True)
+class Face(FoundFace):
+    """One face of a picture and what the recogniser makes of it."""
+
+    embedding: NDArray[np.float32]
+    """[D], as the recogniser gives it: its length says how clear the face is."""
+    sharpness: float
+    """Variance of the Laplacian of the aligned face; a blurred face has a low one."""
+
+    @property
+    def unit_embedding(self) -> NDArray[np.float32]:
+        """The embedding at length 1; the cosine of two faces is the dot product of theirs."""
+        return self.embedding / max(float(np.linalg.norm(self.embedding)), 1e-8)
+
+
+AnyFace = TypeVar("AnyFace", bound=FoundFace)
+
+
 @dataclass(frozen=True)
 class FaceEncoder:
     """A detector and a recogniser from an InsightFace pack."""
@@ -72,7 +83,8 @@ class FaceEncoder:
     analysis: Any
     """insightface.app.FaceAnalysis, prepared."""
     name: str
-    """The pack's name, stored with the features it makes."""
+    """The pack's name, PACK@TRAINING where its recogniser says which training of it this is;
+    stored with the features it makes."""
     sizes: tuple[int, ...] = field(default=DETECTION_SIZES)
     """Detection sizes in the order in which they are tried."""
 
@@ -85,6 +97,7 @@ class FaceEncoder:
     ) -> FaceEncoder:
         """Open the pack `name`: root/models/name, root/name, or root itself if it is the pack.
 
+        PACK@TRAINING lies under that name or under PACK; `name` of the result says which one it is.
         Packs that were unpacked into a folder of their own name inside (antelopev2) are accepted.
         Errors: BadWeightsFile when there is no usable pack, DiffLoRAError when insightface is
         missing or a provider is not available.
@@ -105,6 +118,7 @@ class FaceEncoder:
             raise _unreadable(folder, error) from error
         if "recognition" not in analysis.models:
             raise _incomplete(folder, "a recogniser")
+        name = _with_training(analysis, name)
         setattr(analysis, _NAME, name)
         return cls(analysis, name)
 
@@ -130,35 +144,42 @@ class FaceEncoder:
                 hint="Use our Load Face Encoder, which loads detector and recogniser.",
             )
         folder = Path(str(getattr(analysis, "model_dir", "") or "insightface"))
-        return cls(analysis, name or getattr(analysis, _NAME, "") or folder.name)
+        own = getattr(analysis, _NAME, "") or _with_training(analysis, folder.name)
+        return cls(analysis, name or own)
 
     def faces(self, image: Pixels) -> list[Face]:
         """Every face of a picture [H, W, 3], uint8 RGB, from left to right; empty if none."""
+        return [self._describe(image, found) for found in self.find(image)]
+
+    def find(self, image: Pixels) -> list[FoundFace]:
+        """Where they are, which takes the detector only."""
         bgr = np.ascontiguousarray(image[..., ::-1])
         boxes, points = detect(self.analysis.models["detection"], bgr, self.sizes)
-        found = [self._describe(image, bgr, b, p) for b, p in zip(boxes, points, strict=True)]
+        size = (image.shape[1], image.shape[0])
+        found = [
+            FoundFace(box=box[:4], landmarks=five, score=float(box[4]), picture=size)
+            for box, five in zip(boxes, points, strict=True)
+        ]
         return sorted(found, key=lambda face: face.centre)
 
     def face(self, image: Pixels, choice: Choice = "largest") -> Face:
         """The chosen face of a picture. Errors: NoFaceFound."""
         return choose_face(self.faces(image), choice)
 
-    def _describe(
-        self, image: Pixels, bgr: Pixels, box: NDArray[np.float32], points: NDArray[np.float32]
-    ) -> Face:
-        face = _insightface_common().Face(bbox=box[:4], kps=points, det_score=box[4])
-        embedding = self.analysis.models["recognition"].get(bgr, face)
+    def _describe(self, image: Pixels, found: FoundFace) -> Face:
+        known = _insightface_common().Face(
+            bbox=found.box, kps=found.landmarks, det_score=found.score
+        )
+        bgr = np.ascontiguousarray(image[..., ::-1])
+        embedding = self.analysis.models["recognition"].get(bgr, known)
         return Face(
-            box=box[:4],
-            landmarks=points,
-            score=float(box[4]),
+            **vars(found),
             embedding=np.asarray(embedding, np.float32).reshape(-1),
-            sharpness=sharpness(image, points),
-            picture=(image.shape[1], image.shape[0]),
+            sharpness=sharpness(image, found.landmarks),
         )
 
 
-def choose_face(faces: Sequence[Face], choice: Choice | str = "largest") -> Face:
+def choose_face(faces: Sequence[AnyFace], choice: Choice | str = "largest") -> AnyFace:
     """One of the faces of a picture: by size, place, or number (1 = leftmost; "2" works too).
 
     Places compare the centres of boxes; "center" is the face nearest to the picture's middle.
@@ -186,15 +207,16 @@ def choose_face(faces: Sequence[Face], choice: Choice | str = "largest") -> Face
     return min(faces, key=orders[choice])
 
 
-def face_previews(image: Pixels, faces: Sequence[Face], size: int = 160) -> Pixels:
+def face_previews(image: Pixels, faces: Sequence[FoundFace], size: int = 160) -> Pixels:
     """Crops with the numbers that `choose_face` takes: uint8 [N, size, size, 3]."""
     return numbered_crops(image, [face.box.tolist() for face in faces], size)
 
 
 def find_pack(root: Path, name: str) -> Path:
     """The folder that holds a pack's ONNX files. Errors: BadWeightsFile, naming what was found."""
-    places = [root / "models" / name, root / name]
-    places += [root] if root.name == name else []
+    names = pack_folders(name)
+    places = [place for n in names for place in (root / "models" / n, root / n)]
+    places += [root] if root.name in names else []
     for place in places:
         for folder in (place, place / name, *_subfolders(place)):
             if any(folder.glob("*.onnx")):
@@ -209,7 +231,20 @@ def find_pack(root: Path, name: str) -> Path:
     raise BadWeightsFile(f"The face pack {name!r} is not in {root}.", hint=hint)
 
 
-def _numbered(faces: Sequence[Face], number: int) -> Face:
+def pack_folders(name: str) -> list[str]:
+    """Names of folders that may hold the pack `name`, the likeliest first."""
+    return list(dict.fromkeys([name, name.partition("@")[0]]))
+
+
+def _with_training(analysis: Any, name: str) -> str:
+    """The pack's name with the training that its recogniser's file tells of, if it does."""
+    session = getattr(analysis.models["recognition"], "session", None)
+    fields = session.get_modelmeta().custom_metadata_map if session is not None else {}
+    pack, training = name.partition("@")[0], fields.get(TRAINING_FIELD, "")
+    return f"{pack}@{training}" if training else pack
+
+
+def _numbered(faces: Sequence[AnyFace], number: int) -> AnyFace:
     if 1 <= number <= len(faces):
         return sorted(faces, key=lambda face: face.centre)[number - 1]
     found = "1 face was" if len(faces) == 1 else f"{len(faces)} faces were"
@@ -219,7 +254,7 @@ def _numbered(faces: Sequence[Face], number: int) -> Face:
     )
 
 
-def _distance_from_middle(face: Face) -> float:
+def _distance_from_middle(face: FoundFace) -> float:
     width, height = face.picture
     return (face.centre[0] - width / 2) ** 2 + (face.centre[1] - height / 2) ** 2
 

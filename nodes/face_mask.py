@@ -10,7 +10,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..difflora_core.errors import NoFaceFound
-from ..difflora_core.face import CHOICES, Face, FaceEncoder, choose_face, face_previews
+from ..difflora_core.face import CHOICES, FaceEncoder, FoundFace, choose_face, face_previews
 from ..difflora_core.mask_aware.face_masks import SHAPES, face_mask
 from ..difflora_core.photos import Pixels
 from . import host, sockets
@@ -72,17 +72,17 @@ class FaceMask(io.ComfyNode):
         return io.NodeOutput(mask, crops, ui=ui.PreviewMask(mask, cls=cls))
 
 
-def find_all(pictures: Sequence[Pixels], encoder: FaceEncoder) -> list[list[Face]]:
+def find_all(pictures: Sequence[Pixels], encoder: FaceEncoder) -> list[list[FoundFace]]:
     """The faces of each picture, from left to right."""
     step, found = host.progress(len(pictures)), []
     for number, picture in enumerate(pictures, start=1):
-        found.append(encoder.faces(picture))
+        found.append(encoder.find(picture))
         step(number, len(pictures))
     return found
 
 
 def boxes_of(
-    faces: Sequence[Face], choice: str | int, number: int, *, must: bool
+    faces: Sequence[FoundFace], choice: str | int, number: int, *, must: bool
 ) -> list[list[float]]:
     """Boxes of the chosen faces of picture `number`. Errors: NoFaceFound where there `must` be."""
     try:
@@ -94,7 +94,7 @@ def boxes_of(
     return [face.box.tolist() for face in chosen]
 
 
-def crops_of(pictures: Sequence[Pixels], found: Sequence[Sequence[Face]]) -> Tensor:
+def crops_of(pictures: Sequence[Pixels], found: Sequence[Sequence[FoundFace]]) -> Tensor:
     """IMAGE of every face, numbered per picture; of the pictures where there is none at all."""
     pairs = zip(pictures, found, strict=True)
     crops = [crop for picture, faces in pairs for crop in face_previews(picture, faces)]

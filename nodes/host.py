@@ -108,7 +108,8 @@ def hosted(open_model: Callable[[], nn.Module]) -> comfy.model_patcher.ModelPatc
 
 def on_device(patcher: comfy.model_patcher.ModelPatcher) -> Any:
     """The model of ours inside a patcher, moved to its device."""
-    comfy.model_management.load_models_gpu([patcher])
+    # whole: layers of ours cannot be used from where half of them are left behind
+    comfy.model_management.load_models_gpu([patcher], force_full_load=True)
     return patcher.model.model
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
-from ..difflora_core.face import FaceEncoder, find_pack
+from ..difflora_core.face import FaceEncoder, find_pack, pack_folders
 from ..difflora_core.image_encoder import ImageEncoder
 from ..difflora_core.predictor import Predictor
 from . import host, sockets
@@ -21,9 +21,16 @@ ARCHITECTURES = [OWN_FORMAT, "ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-H-14", "Vi
 def face_pack_root(pack: str) -> Path:
     """The first of ComfyUI's folders that holds `models/PACK`. Errors: BadWeightsFile."""
     roots = host.insightface_roots()
-    root = next((r for r in roots if (r / "models" / pack).is_dir()), roots[-1])
+    places = [(root, root / "models" / name) for name in pack_folders(pack) for root in roots]
+    root = next((root for root, place in places if place.is_dir()), roots[-1])
     find_pack(root, pack)
     return root
+
+
+def face_pack_state(pack: str) -> str:
+    """Changes when a file of the pack does; for `fingerprint_inputs`."""
+    folder = find_pack(face_pack_root(pack), pack)
+    return "".join(host.file_state(path) for path in sorted(folder.glob("*.onnx")))
 
 
 def open_face_encoder(pack: str, provider: str = "CPU") -> FaceEncoder:
@@ -103,6 +110,10 @@ class LoadFaceEncoder(io.ComfyNode):
                 )
             ],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, pack: str, provider: str) -> str:
+        return provider + face_pack_state(pack)
 
     @classmethod
     def execute(cls, pack: str, provider: str) -> io.NodeOutput:

@@ -23,7 +23,7 @@ DRAWN_PACK = "mini"
 def _judge(encoder: FaceEncoder) -> Recogniser | None:
     """For drawn faces the recogniser that took no part in prediction; else the pack's own."""
     path = host.model_path(host.SHIPPED, JUDGE_FILE)
-    if encoder.name != DRAWN_PACK or not path.is_file():
+    if encoder.name.partition("@")[0] != DRAWN_PACK or not path.is_file():
         return None
     return host.on_device(host.hosted(lambda: Recogniser.open(path)))
 

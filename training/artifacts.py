@@ -37,6 +37,8 @@ SHIPPED = Path(difflora_core.__file__).parent / "mini"
 SHIPPED_LIMIT = 30_000_000
 """Largest size of all shipped files together, bytes."""
 MANIFEST = "manifest.json"
+_SUFFIXES = (".safetensors", ".onnx", ".json")
+"""of artifacts; what follows another dot is part of a name"""
 
 MADE_BY = {
     "unet": "train-base",
@@ -180,7 +182,7 @@ def _without_folders(word: str) -> str:
 
 
 def _file_name(name: str) -> str:
-    return name if Path(name).suffix else f"{name}.safetensors"
+    return name if Path(name).suffix in _SUFFIXES else f"{name}.safetensors"
 
 
 def _is_shipped(name: str) -> bool:

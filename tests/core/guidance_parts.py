@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from difflora_core.face import Face
+from difflora_core.face import FoundFace
 from difflora_core.face_crop import TEMPLATE, align
 from difflora_core.mask_aware.decoders import FastDecoder
 from difflora_core.mask_aware.guidance import GuidanceSettings, Guide
@@ -56,14 +56,14 @@ def latents(batch: int = 1, seed: int = 5) -> Tensor:
     return torch.randn(batch, *LATENTS, generator=torch.Generator().manual_seed(seed))
 
 
-def face_at(x: float, y: float, side: float = 48.0) -> Face:
+def face_at(x: float, y: float, side: float = 48.0) -> FoundFace:
     """An upright face whose aligned crop has its corner at x, y and the given side, in pixels."""
     points = np.array(TEMPLATE, np.float32) * (side / 112) + np.array([x, y], np.float32)
     box = np.array([x, y, x + side, y + side], np.float32)
-    return Face(box, points, 0.9, np.ones(8, np.float32), 1.0, (192, 192))
+    return FoundFace(box=box, landmarks=points, score=0.9, picture=(192, 192))
 
 
-def always(*faces: Face) -> Finder:
+def always(*faces: FoundFace) -> Finder:
     """A detector that finds these faces in every picture."""
     return lambda picture: list(faces)
 
@@ -71,11 +71,11 @@ def always(*faces: Face) -> Finder:
 class Script:
     """A detector that finds another list of faces each time it is asked; counts the calls."""
 
-    def __init__(self, answers: Sequence[Sequence[Face]]) -> None:
+    def __init__(self, answers: Sequence[Sequence[FoundFace]]) -> None:
         self.answers = answers
         self.calls = 0
 
-    def __call__(self, picture: Pixels) -> list[Face]:
+    def __call__(self, picture: Pixels) -> list[FoundFace]:
         self.calls += 1
         return list(self.answers[min(self.calls, len(self.answers)) - 1])
 
@@ -102,12 +102,12 @@ def square_mask(batch: int = 1) -> Tensor:
     return mask
 
 
-def similarity(x0: Tensor, face: Face = FACE, wanted: Tensor | None = None) -> Tensor:
+def similarity(x0: Tensor, face: FoundFace = FACE, wanted: Tensor | None = None) -> Tensor:
     """Cosines [B, R] of the face of each picture to the references."""
     return seen(x0, face) @ (references(1) if wanted is None else wanted).T
 
 
-def seen(x0: Tensor, face: Face) -> Tensor:
+def seen(x0: Tensor, face: FoundFace) -> Tensor:
     """What the network sees at the place of `face` in each picture."""
     points = torch.from_numpy(face.landmarks)[None].expand(len(x0), 5, 2)
     return TinyFaceNetwork()(align(tiny_decoder()(x0), points)).embedding

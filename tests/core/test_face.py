@@ -214,6 +214,13 @@ def test_missing_insightface_says_what_to_install(
 
 
 def test_a_face_is_plain_data() -> None:
-    face = Face(np.float32([0, 0, 4, 2]), POINTS, 0.5, np.float32([3, 4]), 1.0, (10, 10))
+    face = Face(
+        box=np.float32([0, 0, 4, 2]),
+        landmarks=POINTS,
+        score=0.5,
+        embedding=np.float32([3, 4]),
+        sharpness=1.0,
+        picture=(10, 10),
+    )
     assert face.area == 8 and face.centre == (2, 1)
     assert face.unit_embedding.tolist() == pytest.approx([0.6, 0.8])

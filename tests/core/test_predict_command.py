@@ -15,7 +15,7 @@ from torch import nn
 import difflora_core.face
 import difflora_core.image_encoder
 from difflora_core.__main__ import main
-from difflora_core.encode import encode_photos
+from difflora_core.encode import _view, encode_photos
 from difflora_core.errors import BadImage, DiffLoRAError, NoFaceFound
 from difflora_core.face import Face
 from difflora_core.lora_space import LoraSpace
@@ -36,7 +36,14 @@ class FakeFaces:
     def _face(self, image: np.ndarray, k: int) -> Face:
         box = np.float32([10 + 40 * k, 10, 40 + 40 * k + 4 * k, 40])
         embedding = np.random.default_rng(k).standard_normal(FACE).astype(np.float32)
-        return Face(box, np.zeros((5, 2), np.float32), 0.9, embedding, 100.0, image.shape[1::-1])
+        return Face(
+            box=box,
+            landmarks=np.zeros((5, 2), np.float32),
+            score=0.9,
+            embedding=embedding,
+            sharpness=100.0,
+            picture=image.shape[1::-1],
+        )
 
 
 class FakeImages(nn.Module):
@@ -210,3 +217,13 @@ def test_either_encoder_may_be_missing():
         encode_photos([], FakeFaces(), None)
     with pytest.raises(NoFaceFound, match="photo 1"):
         encode_photos([photo(0)], FakeFaces(), FakeImages())
+
+
+@pytest.mark.parametrize(("box", "whole"), [((70, 10, 100, 50), True), ((2, 10, 40, 50), False)])
+def test_in_a_long_photo_the_image_encoder_looks_where_the_face_is(box, whole):
+    """Which takes the middle square."""
+    long = photo(1, 160)[:60]
+    face = dataclasses.replace(FakeFaces().faces(long)[0], box=np.float32(box))
+    seen = _view(long, [face], face)
+    assert (seen.shape == long.shape) is whole
+    assert _view(long, [face, face], face).shape != long.shape

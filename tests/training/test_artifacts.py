@@ -123,3 +123,8 @@ def test_commands_are_recorded_without_folders(monkeypatch: pytest.MonkeyPatch) 
     ]
     monkeypatch.setattr(sys, "argv", words)
     assert command_line() == "python -m training ship --config mini.toml run.root=runs a=[1]"
+
+
+def test_a_name_with_a_dot_is_found_again(config: Config) -> None:
+    save_artifact(config, "v1.5_dit", {"w": torch.ones(2)}, {})
+    assert artifact(config, "v1.5_dit").name == "v1.5_dit.safetensors"

@@ -120,7 +120,14 @@ def test_faces_are_matched_by_place() -> None:
 
 def _face(x: float, y: float) -> Face:
     box = np.array([x, y, x + 20, y + 20], np.float32)
-    return Face(box, np.zeros((5, 2), np.float32), 0.9, np.ones(4, np.float32), 1.0, (128, 128))
+    return Face(
+        box=box,
+        landmarks=np.zeros((5, 2), np.float32),
+        score=0.9,
+        embedding=np.ones(4, np.float32),
+        sharpness=1.0,
+        picture=(128, 128),
+    )
 
 
 # -- intervals -------------------------------------------------------------------------------------
@@ -209,6 +216,7 @@ def test_missing_trainings_are_named(tmp_path: Path, groups: int) -> None:
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [({"data": "people"}, "drawn world"), ({"model": "somewhere"}, "drawn world"),
+     ({"seeds": ()}, "seeds is empty"),
      ({"evaluation": ControlnetEvalConfig(portraits=1)}, "at least 2")],
 )  # fmt: skip
 def test_what_cannot_be_evaluated_is_refused(config: Config, changed: dict, expected: str) -> None:

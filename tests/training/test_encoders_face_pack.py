@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from difflora_core.errors import BadWeightsFile
-from difflora_core.face import FaceEncoder
+from difflora_core.errors import BadWeightsFile, LayoutMismatch
+from difflora_core.face import FaceEncoder, find_pack
 from difflora_core.face_crop import align
 from difflora_core.recogniser import IResNetConfig, Recogniser, RecogniserConfig
-from training.artifacts import SHIPPED
+from training.artifacts import SHIPPED, artifacts_folder
+from training.config import Config
 from training.drawing import generator_for, pictures_of
 from training.encoders import detector as training
 from training.encoders.detector_loss import detector_loss
 from training.encoders.detector_net import Detector
 from training.encoders.export_face_pack import export_detector, export_recogniser
+from training.encoders.face_pack import (
+    RECOGNISER_FILE,
+    face_encoder_name,
+    open_face_encoder,
+)
 from training.example_pool import Examples
 from training.portraits import render, sample_scenes
+from training.run_config import RunConfig
 
 pytest.importorskip("insightface")
 pytest.importorskip("onnx")
@@ -197,3 +205,30 @@ def shipped_embeddings() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     points = torch.from_numpy(np.stack([face.landmarks for face in faces]))
     images = torch.from_numpy(np.stack([pixels(image) for image in drawn.images]))
     return unit, images.permute(0, 3, 1, 2), points
+
+
+def test_a_retrained_recogniser_has_a_name_of_its_own(
+    root: Path, twin: Recogniser, tmp_path: Path
+) -> None:
+    config = Config(run=RunConfig(root=str(tmp_path / "run")))
+    place = artifacts_folder(config)
+    shutil.copytree(root / "models/mini", place / "insightface/models/mini")
+    twin.save(place / "recogniser.safetensors")
+    name = face_encoder_name(config)
+    assert name.startswith("mini@")
+    with pytest.raises(LayoutMismatch, match=f"of this run is {name}, that of its face pack mini"):
+        open_face_encoder(config)
+    training = name.removeprefix("mini@")
+    export_recogniser(twin, place / RECOGNISER_FILE, training)
+    assert open_face_encoder(config).name == name
+    opened = FaceEncoder.open(place / "insightface", name)
+    assert (opened.name, FaceEncoder.wrap(opened.analysis).name) == (name, name)
+    copy = shutil.copytree(place / "insightface/models/mini", tmp_path / "packs" / name)
+    assert FaceEncoder.open(tmp_path / "packs", name).name == name
+    assert find_pack(tmp_path / "packs", name) == copy
+
+
+@shipped
+def test_the_shipped_recogniser_keeps_the_plain_name(tmp_path: Path) -> None:
+    config = Config(run=RunConfig(root=str(tmp_path)))
+    assert face_encoder_name(config) == open_face_encoder(config).name == "mini"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -127,3 +128,14 @@ def test_missing_judges_name_the_stage(config: Config) -> None:
     (artifacts_folder(config) / "metric_recogniser.safetensors").unlink()
     with pytest.raises(DiffLoRAError, match="train-encoders"):
         run(config, open_run(config, "evaluate"))
+
+
+def test_without_the_set_the_average_is_that_of_the_predictor(
+    config: Config, tmp_path: Path
+) -> None:
+    shutil.rmtree(artifacts_folder(config) / "loras")
+    few = load_config(tmp_path / "tiny.toml", [*SMALL, "eval.rows=[base,average_lora]"])
+    folder = open_run(few, "evaluate")
+    run(few, folder)
+    outcome = json.loads((folder.path / "results.json").read_text())
+    assert list(outcome["rows"]) == ["base", "average_lora"]

@@ -16,6 +16,7 @@ from training.__main__ import open_run
 from training.artifacts import artifact, artifacts_folder, read_manifest
 from training.base.painter import Painter
 from training.config import Config, load_config
+from training.encoders.face_pack import face_encoder_name
 from training.loras.collect import LoraSet, write_set
 from training.loras.stage import lora_space
 from training.portraits import identities
@@ -68,7 +69,7 @@ def test_stages_hand_over(tmp_path: Path, preset: str, monkeypatch: pytest.Monke
         finetune_stage.run(config, open_run(config, "finetune-predictor"))
     predictor = Predictor.open(artifact(config, name))
     assert predictor.config.name == name and predictor.config.trigger == "sks person"
-    assert predictor.config.face_encoder.name == "mini"
+    assert predictor.config.face_encoder.name == face_encoder_name(config)
     assert predictor.config.image_encoder.name == "tiny"
     figures = read_manifest(artifacts_folder(config))[f"{name}.safetensors"]["figures"]
     assert figures["strength"] == 1.0 and figures["steps"] > 0

@@ -33,6 +33,7 @@ from training.base.models import (
 )
 from training.config import Config, load_config
 from training.encoders.attributes_net import PortraitNet, PortraitNetConfig, checker_outputs
+from training.encoders.face_pack import face_encoder_name
 from training.evaluation import measures
 from training.loras.collect import LoraSet, write_set
 from training.loras.stage import lora_space
@@ -47,12 +48,24 @@ class StandInFaces:
 
     name: str = "tiny"
 
+    def find(self, image: Pixels) -> list[Face]:
+        return self.faces(image)
+
     def faces(self, image: Pixels) -> list[Face]:
         rng = np.random.default_rng(0)
         small = image[::8, ::8].astype(np.float32).ravel() / 255
         embedding = rng.standard_normal((FACE_WIDTH, small.size)).astype(np.float32) @ small
         box = np.array([32, 32, 96, 104], np.float32)
-        return [Face(box, TEMPLATE, 0.9, embedding, 50.0, (image.shape[1], image.shape[0]))]
+        return [
+            Face(
+                box=box,
+                landmarks=TEMPLATE,
+                score=0.9,
+                embedding=embedding,
+                sharpness=50.0,
+                picture=(image.shape[1], image.shape[0]),
+            )
+        ]
 
 
 def evaluated_world(folder: Path, words: list[str], monkeypatch: pytest.MonkeyPatch) -> Config:
@@ -66,7 +79,8 @@ def evaluated_world(folder: Path, words: list[str], monkeypatch: pytest.MonkeyPa
     pack.touch()
     monkeypatch.setattr(measures, "PREFERENCE_PICTURES", 16)
     monkeypatch.setattr(artifacts, "SHIPPED", folder / "nothing is shipped")
-    monkeypatch.setattr(FaceEncoder, "open", lambda *args, **kwargs: StandInFaces())
+    faces = StandInFaces(face_encoder_name(config))
+    monkeypatch.setattr(FaceEncoder, "open", lambda *args, **kwargs: faces)
     return config
 
 

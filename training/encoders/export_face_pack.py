@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from difflora_core.face import TRAINING_FIELD
 from difflora_core.recogniser import Recogniser
 
 from ..artifacts import artifact, artifacts_folder, read_artifact, read_manifest, record_artifact
 from ..config import Config
 from ..run_folder import RunFolder
 from .detector_net import Detector, ExportedDetector
+from .face_pack import DETECTOR_FILE, RECOGNISER_FILE, face_encoder_name
 
-PACK = "insightface/models/mini"
-DETECTOR_FILE, RECOGNISER_FILE = f"{PACK}/det_mini.onnx", f"{PACK}/rec_mini.onnx"
 _OPSET = 13
 Axes = dict[str, dict[int, str]]
 """Input or output -> its free axes and their names."""
@@ -41,7 +41,8 @@ def run(config: Config, folder: RunFolder) -> None:
     figures = {"training": training, "largest_difference": error} | header["figures"]
     record_artifact(config, DETECTOR_FILE, figures)
     recogniser = Recogniser.open(artifact(config, "recogniser"))
-    error = export_recogniser(recogniser, place / RECOGNISER_FILE)
+    _, _, training = face_encoder_name(config).partition("@")
+    error = export_recogniser(recogniser, place / RECOGNISER_FILE, training)
     record_artifact(config, RECOGNISER_FILE, {"largest_difference": error})
 
 
@@ -54,11 +55,14 @@ def export_detector(detector: Detector, path: Path) -> float:
     return export(ExportedDetector(detector).eval(), example, path, names, axes)
 
 
-def export_recogniser(recogniser: Recogniser, path: Path) -> float:
+def export_recogniser(recogniser: Recogniser, path: Path, training: str = "") -> float:
     """Write ArcFace's single output with a free batch size; returns the largest difference."""
     example = torch.rand(2, 3, 112, 112) * 2 - 1
     axes = {"input": {0: "batch"}, "embedding": {0: "batch"}}
-    return export(recogniser.network, example, path, ["embedding"], axes)
+    difference = export(recogniser.network, example, path, ["embedding"], axes)
+    if training:
+        _tell(path, TRAINING_FIELD, training)
+    return difference
 
 
 def export(network: nn.Module, example: Tensor, path: Path, names: list[str], axes: Axes) -> float:
@@ -97,6 +101,15 @@ def halve_weights(path: Path) -> None:
     del graph.node[:]
     graph.node.extend(nodes)
     onnx.checker.check_model(model)
+    onnx.save(model, str(path))
+
+
+def _tell(path: Path, field: str, value: str) -> None:
+    """Write a metadata field into an ONNX file."""
+    import onnx
+
+    model = onnx.load(str(path))
+    onnx.helper.set_model_props(model, {field: value})
     onnx.save(model, str(path))
 
 

@@ -24,10 +24,10 @@ from difflora_core.recogniser import Recogniser
 from training.artifacts import artifact
 from training.config import Config
 from training.encoders.attributes_net import PortraitNet
+from training.encoders.face_pack import open_face_encoder
 
 CHUNK = 256
 """Pictures looked at together."""
-PACK = "insightface/models/mini/det_mini.onnx"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Judges:
         """From the artifacts of a run, or the shipped weights. Errors: MissingArtifact."""
         device = config.run.torch_device()
         return cls(
-            FaceEncoder.open(artifact(config, PACK).parents[2]),
+            open_face_encoder(config),
             Recogniser.open(artifact(config, "metric_recogniser")).to(device),
             ImageEncoder.open(artifact(config, "image_encoder")).to(device),
             PortraitNet.open(artifact(config, "attribute_heads")).to(device),

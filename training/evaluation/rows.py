@@ -22,7 +22,7 @@ from difflora_core.errors import NoFaceFound
 from difflora_core.features import Features
 from difflora_core.lora import Lora
 from difflora_core.predictor import Prediction, Predictor
-from training.artifacts import artifact
+from training.artifacts import MissingArtifact, artifact
 from training.base.painter import Painter
 from training.base.side_path import Factors, stack_loras
 from training.config import Config
@@ -94,9 +94,16 @@ def base(bench: Bench) -> Personalised:
 
 
 def average_lora(bench: Bench) -> Personalised:
-    """The mean LoRA of the training set: what a predictor that ignores its photo would give."""
-    loras, people = read_set(bench.config), len(bench.seeds)
-    average = loras.space.unpack(loras.vectors.mean(0))
+    """The mean LoRA of the training set: what a predictor that ignores its photo would give.
+
+    Without the set at hand, the mean that the predictor's file holds.
+    """
+    people = len(bench.seeds)
+    try:
+        loras = read_set(bench.config)
+        average = loras.space.unpack(loras.vectors.mean(0))
+    except MissingArtifact:
+        average = bench.predictor().average()
     return Personalised([average] * people, seconds=[0.0] * people)
 
 

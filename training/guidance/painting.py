@@ -140,7 +140,7 @@ def _guide(studio: Studio, row: Row, who: Tensor) -> Guide | None:
     vae = studio.bench.painter.vae
     decoder = ModuleDecoder(vae, lambda latents: latents / vae.config.scaling_factor)
     references = studio.references[who.to(studio.references.device)][:, None]
-    finder = studio.bench.judges.face_encoder.faces
+    finder = studio.bench.judges.face_encoder.find
     return Guide(decoder, studio.network, references, row.settings, finder)
 
 

@@ -12,10 +12,9 @@ from difflora_core.predictor_config import EncoderInfo
 
 from ..artifacts import artifact, artifacts_folder, command_line
 from ..config import Config
+from ..encoders.face_pack import face_encoder_name
 
 LICENCE = "Apache-2.0"
-#: the name that FaceEncoder reports for the mini world
-FACE_ENCODER = EncoderInfo("mini", LICENCE)
 
 
 def save_bundle(config: Config, predictor: Predictor, name: str) -> Path:
@@ -26,7 +25,7 @@ def save_bundle(config: Config, predictor: Predictor, name: str) -> Path:
     predictor.config = dataclasses.replace(
         predictor.config,
         name=config.predictor.name,
-        face_encoder=FACE_ENCODER,
+        face_encoder=EncoderInfo(face_encoder_name(config), LICENCE),
         image_encoder=EncoderInfo(image_encoder_name(config), LICENCE),
         notes=notes,
     )
@@ -45,11 +44,15 @@ def image_encoder_name(config: Config) -> str:
     return ImageEncoder.open(artifact(config, "image_encoder")).config.name
 
 
-def check_image_encoder(config: Config, predictor: Predictor, what: str) -> None:
-    """Errors: LayoutMismatch where `predictor` has learnt from another image encoder."""
-    theirs, ours = predictor.config.image_encoder.name, image_encoder_name(config)
-    if theirs != ours:
-        raise LayoutMismatch(
-            f"{what} has learnt to read the {theirs}; this run's is the {ours}.",
-            hint="Run train-dit again.",
-        )
+def check_encoders(config: Config, predictor: Predictor, what: str) -> None:
+    """Errors: LayoutMismatch where `predictor` has learnt from other encoders."""
+    known = predictor.config
+    for theirs, ours in (
+        (known.face_encoder.name, face_encoder_name(config)),
+        (known.image_encoder.name, image_encoder_name(config)),
+    ):
+        if theirs != ours:
+            raise LayoutMismatch(
+                f"{what} has learnt to read the {theirs}; this run's is the {ours}.",
+                hint="Run train-dit again.",
+            )

@@ -31,7 +31,7 @@ from ..face_term import FaceTerm
 from ..loras.stage import lora_space
 from ..run_folder import RunFolder
 from .autoencoder_stage import new_predictor
-from .bundle import check_image_encoder, open_bundle
+from .bundle import check_encoders, open_bundle
 from .conditions import PhotoEncoders
 from .config import FinetuneTraining
 from .dit_stage import finish, random_condition
@@ -76,7 +76,7 @@ def starting_predictor(config: Config, pool: PeoplePool) -> Predictor:
         predictor = open_bundle(config, name)
         lora_space(config.loras).check_same(predictor.space, f"The artifact {name}")
     if start == "dit":
-        check_image_encoder(config, predictor, f"The artifact {name}")
+        check_encoders(config, predictor, f"The artifact {name}")
     else:
         # the encoders may have been trained again since
         predictor.mixer.fit(pool.photos.face.flatten(0, 1), pool.photos.image.flatten(0, 1))
