@@ -14,6 +14,7 @@ from . import (
     loaders,
     lora_files,
     merge,
+    mini_controlnet,
     mini_model,
     personalize,
     predict,
@@ -32,6 +33,7 @@ MODULES = (
     face_mask,
     guidance,
     guidance_report,
+    mini_controlnet,
     score,
 )
 

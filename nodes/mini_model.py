@@ -59,7 +59,7 @@ def load_model(folder: Path) -> comfy.model_patcher.ModelPatcher:
     """The U-Net, renamed from diffusers' names by ComfyUI's own table."""
     part = open_part(UNET, folder)
     scaling_factor = open_part(VAE, folder).config["scaling_factor"]
-    config = MiniSD15(_unet_config(part.config), scaling_factor)
+    config = MiniSD15(unet_config(part.config), scaling_factor)
     config.set_inference_dtype(DTYPE, None)
     model = config.get_model({}, "", device=comfy.model_management.unet_offload_device())
     _load_strict(model.diffusion_model, _renamed(part, config.unet_config), UNET)
@@ -125,7 +125,7 @@ def _group_norms(groups: int) -> Iterator[None]:
         autoencoder_layers.ops = original
 
 
-def _unet_config(config: dict[str, Any]) -> dict[str, Any]:
+def unet_config(config: dict[str, Any]) -> dict[str, Any]:
     """ComfyUI's U-Net settings for a diffusers config with attention on every level."""
     widths, blocks = config["block_out_channels"], config["layers_per_block"]
     levels = len(widths)

@@ -9,14 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from comfy_host import Host
+from comfy_host import Host, PromptFailed
 from diffusers import ControlNetModel
+from guided_runs import latents
+from prompts import kept, node, unguided
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from training.base.models import open_unet
 from training.config import Config
-from training.controlnet.control import NoHint
-from training.controlnet.export import comfyui_tensors, export, open_control
+from training.controlnet.control import NoHint, new_control
+from training.controlnet.export import export, open_control
 from training.run_config import RunConfig
 
 NAME = "random-seed0"
@@ -145,29 +148,58 @@ def sd15() -> Any:
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
 
 
-@torch.inference_mode()
-def test_a_narrow_control_has_the_same_names(host: Host) -> None:
-    """The mini model's: stock ComfyUI has its class, but no detection of its widths."""
-    from comfy.cldm.cldm import ControlNet
-    from comfy.ops import disable_weight_init
+@pytest.fixture
+def mini_control(host: Host, tmp_path: Path) -> Iterator[tuple[Config, str]]:
+    """A ControlNet of the mini model with random weights, and its name in models/controlnet."""
+    config = Config(run=RunConfig(root=str(tmp_path), device="cpu"))
+    control = filled(new_control(open_unet(config)))
+    folder = host.base / "models" / "controlnet"
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "mini_comfyui.safetensors"
+    file.symlink_to(export(config, "mini", control, {}) / file.name)
+    yield config, file.name
+    file.unlink()
 
-    widths = {"block_out_channels": (64, 128), "layers_per_block": 1, "cross_attention_dim": 128}
-    blocks = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D")
-    control: Any = ControlNetModel(down_block_types=blocks, attention_head_dim=4, **widths)
-    last: nn.Module = filled(control).controlnet_cond_embedding.conv_out
-    for parameter in last.parameters():
-        parameter.zero_()
-    tensors, base = comfyui_tensors(control.state_dict())
-    twin = ControlNet(
-        32, 4, 64, 3, [1, 1], channel_mult=[1, 2], num_heads=4, use_spatial_transformer=True,
-        transformer_depth=[1, 1], transformer_depth_middle=1, context_dim=128, legacy=False,
-        operations=disable_weight_init,
-    )  # fmt: skip
-    assert base == "mini"
-    twin.load_state_dict({key[14:]: value for key, value in tensors.items()})
-    x, t, context = torch.randn(2, 4, 16, 16), torch.tensor([7.0, 801.0]), torch.randn(2, 77, 128)
-    image = torch.rand(2, 3, 128, 128)
-    down, middle = control(x, t, context, controlnet_cond=image, return_dict=False)
-    out = twin(x=x, hint=image, timesteps=t, context=context)
+
+def loaded_by_us(host: Host, name: str) -> Any:
+    prompt = {"control": node("DiffLoRA_LoadMiniControlNet", control_net=name)}
+    return host.run(kept(prompt, control=["control", 0]))["control"]
+
+
+@torch.inference_mode()
+def test_our_node_loads_the_mini_models(host: Host, mini_control: tuple[Config, str]) -> None:
+    """Core's loader takes the file, but with another number of heads."""
+    config, name = mini_control
+    control = open_control(config, "mini")
+    generator = torch.Generator().manual_seed(1)
+    x, context = (torch.randn(2, *s, generator=generator) for s in ((4, 16, 16), (77, 128)))
+    t = torch.tensor([7.0, 801.0])
+    down, middle = control(x, t, context, controlnet_cond=x, return_dict=False)
+    out = loaded_by_us(host, name).control_model(
+        x=x, hint=torch.rand(2, 3, 128, 128), timesteps=t, context=context
+    )
     for ours, theirs in zip((*down, middle), (*out["output"], out["middle"][0]), strict=True):
         assert (ours - theirs).abs().max() < 1e-4 * ours.abs().max()
+
+
+def test_the_mini_models_acts_in_a_sampler(host: Host, mini_control: tuple[Config, str]) -> None:
+    def painted(strength: float) -> Tensor:
+        prompt = unguided()
+        prompt["control"] = node("DiffLoRA_LoadMiniControlNet", control_net=mini_control[1])
+        prompt["photo"] = node("TestPhoto", faces="one")
+        prompt["apply"] = node(
+            "ControlNetApplyAdvanced", positive=["yes", 0], negative=["no", 0],
+            control_net=["control", 0], image=["photo", 0], strength=strength,
+            start_percent=0.0, end_percent=1.0,
+        )  # fmt: skip
+        prompt["sample"]["inputs"] |= {"positive": ["apply", 0], "negative": ["apply", 1]}
+        return latents(host.run(prompt))
+
+    without = latents(host.run(unguided()))
+    assert torch.equal(painted(0.0), without)
+    assert not torch.equal(painted(1.0), without)
+
+
+def test_other_controls_are_refused(host: Host, loaded: Any, exported: Exported) -> None:
+    with pytest.raises(PromptFailed, match="is no ControlNet of the mini model"):
+        loaded_by_us(host, exported.single.name)

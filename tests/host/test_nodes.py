@@ -14,7 +14,7 @@ EXPECTED = {
     "LoadMiniModel", "LoadPredictor", "LoadFaceEncoder", "LoadImageEncoder", "EncodeFaceFeatures",
     "SaveFaceFeatures", "LoadFaceFeatures", "PredictLora", "Personalize", "LoadLoraFile",
     "SaveLora", "Likeness", "ExamplePhoto", "MergeLoRAs", "CompareLoRAs", "ResizeLoRA",
-    "MaskAwareGuidance", "GuidanceReport", "FaceMask",
+    "MaskAwareGuidance", "GuidanceReport", "FaceMask", "LoadMiniControlNet",
 }  # fmt: skip
 
 

@@ -4,7 +4,9 @@
     <root>/artifacts/controlnet/<name>/<name>_comfyui.safetensors
 
 ComfyUI reads the number of a hint's channels from `input_hint_block.0.weight` and fails without
-it; the block that is written here ends in a convolution of zeros, so any hint adds nothing.
+it; the block that is written here ends in a convolution of zeros, so any hint adds nothing. For
+those of the mini model there is our node Load Mini ControlNet, since ComfyUI guesses their number
+of attention heads.
 """
 
 from __future__ import annotations
