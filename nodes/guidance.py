@@ -13,8 +13,8 @@ from ..difflora_core.mask_aware.references import check_person, reference_embedd
 from ..difflora_core.mask_aware.run_log import GuidanceLog
 from ..difflora_core.mask_aware.window import WINDOWS
 from . import host, sockets
-from .guided_sampling import CUSTOM, GuidedSampling, WindowChoice
-from .guiding_networks import fast_decoder, guiding_faces
+from .guided_sampling import CUSTOM, SIGMA, TIMESTEP, GuidedSampling, WindowChoice
+from .guiding_networks import decoders_state, fast_decoder, guiding_faces
 from .sockets import CATEGORY, advanced
 
 FAST, FULL = "fast, if there is one", "VAE"
@@ -31,8 +31,8 @@ class MaskAwareGuidance(io.ComfyNode):
             display_name="Mask-Aware Guidance",
             category=CATEGORY,
             description="Leads the faces of a picture towards a person while it is painted, "
-            "without a LoRA and without training. Nothing outside the faces, or outside the mask, "
-            "is touched.",
+            "without a LoRA and without training. A step changes faces only, and only inside the "
+            "mask; the rest may follow a little in later steps.",
             inputs=[*link_inputs(), *strength_inputs(), *window_inputs(), *care_inputs()],
             outputs=[
                 io.Model.Output(display_name="MODEL", tooltip="The guided model, for a KSampler."),
@@ -41,6 +41,10 @@ class MaskAwareGuidance(io.ComfyNode):
                 ),
             ],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, decoder: str, **_inputs: Any) -> str:
+        return decoders_state() if decoder == FAST else ""
 
     @classmethod
     def execute(
@@ -72,10 +76,20 @@ class MaskAwareGuidance(io.ComfyNode):
             jitter=jitter,
             when_lost=when_lost,
         )
-        fast = fast_decoder(model.model.latent_format) if decoder == FAST else None
+        latents = model.model.latent_format
+        fast, decoder_name = fast_decoder(latents) if decoder == FAST else (None, "VAE")
         log, when = GuidanceLog(), WindowChoice(window, start, end)
         guided = GuidedSampling(
-            faces.network, wanted, settings, when, vae, fast, faces.finder, to_mask(mask), log
+            faces.network,
+            wanted,
+            settings,
+            when,
+            vae,
+            fast,
+            decoder_name,
+            faces.finder,
+            to_mask(mask),
+            log,
         )
         return io.NodeOutput(guided.applied(model), log)
 
@@ -134,20 +148,22 @@ def window_inputs() -> list[io.Input]:
     return [
         io.Combo.Input(
             "window",
-            options=[*WINDOWS, CUSTOM],
+            options=[*WINDOWS, CUSTOM, SIGMA, TIMESTEP],
             default="identity",
             tooltip="When to guide. identity: while the face takes shape, all but the run's start "
-            "and end. detail: its end. paper: the last steps, t < 100, as published. custom: from "
-            "start to end, below.",
+            "and end. detail: its end. paper: the last steps, t < 100, as published. custom, "
+            "sigma, timestep: from start to end, below, as shares of the run, sigmas or timesteps "
+            "of 1000.",
         ),
         advanced(
             io.Float.Input(
                 "start",
                 default=0.2,
                 min=0.0,
-                max=1.0,
+                max=1000.0,
                 step=0.01,
-                tooltip="For custom: the share of the run at which guidance starts.",
+                tooltip="Where guidance starts. custom: share of the run, 0 to 1. sigma: the "
+                "highest, such as 10. timestep: the highest of 1000, such as 400.",
             )
         ),
         advanced(
@@ -155,9 +171,10 @@ def window_inputs() -> list[io.Input]:
                 "end",
                 default=0.8,
                 min=0.0,
-                max=1.0,
+                max=1000.0,
                 step=0.01,
-                tooltip="For custom: the share of the run at which it ends.",
+                tooltip="Where it ends. custom: share of the run. sigma and timestep: the lowest, "
+                "0 for the end of the run.",
             )
         ),
     ]

@@ -25,12 +25,17 @@ from ..difflora_core.mask_aware.guidance import GuidanceSettings, Guide
 from ..difflora_core.mask_aware.networks import FaceNetwork
 from ..difflora_core.mask_aware.run_log import GuidanceLog, GuidedRun
 from ..difflora_core.mask_aware.tracking import Finder
-from ..difflora_core.mask_aware.window import SigmaWindow, window_named, window_of_percent
+from ..difflora_core.mask_aware.window import (
+    SigmaWindow,
+    window_between,
+    window_named,
+    window_of_percent,
+)
 
 logger = logging.getLogger(__name__)
 
 KEY = "difflora_guidance"
-CUSTOM = "custom"
+CUSTOM, SIGMA, TIMESTEP = "custom", "sigma", "timestep"
 _TRIAL_SIDE = 4
 
 
@@ -39,12 +44,16 @@ class WindowChoice:
     """When to guide, as the user said it."""
 
     name: str
-    """A preset, or CUSTOM for the shares of the run below."""
+    """A preset, or in what `start` and `end` are: CUSTOM for shares of the run, SIGMA, TIMESTEP."""
     start: float = 0.0
     end: float = 1.0
 
     def of(self, sampling: Any) -> SigmaWindow:
         """For a model's own schedule. Errors: DiffLoRAError where it is empty."""
+        if self.name == SIGMA:
+            return SigmaWindow(self.start, self.end)
+        if self.name == TIMESTEP:
+            return window_between(self.start, self.end)
         if self.name != CUSTOM:
             return window_named(self.name)  # type: ignore[arg-type]
         return window_of_percent(
@@ -80,6 +89,8 @@ class GuidedSampling:
     """comfy.sd.VAE"""
     fast: FastDecoder | None
     """A small decoder to take instead of the VAE's; on the CPU between runs."""
+    decoder_name: str
+    """What the report calls the decoder."""
     finder: Finder | None
     mask: Tensor | None
     """[B, H, W] in 0..1"""
@@ -117,7 +128,7 @@ class GuidedSampling:
 
     def _begun(self, schedule: tuple[float, ...]) -> GuidedRun:
         """A new entry in the log, with a note where there is nothing to do."""
-        run = GuidedRun(schedule, "fast" if self.fast else "VAE")
+        run = GuidedRun(schedule, self.decoder_name)
         if self.settings.strength == 0:
             run.note = "Nothing is guided: the strength is 0."
         elif self.mask is not None and not bool((self.mask > 0).any()):
@@ -195,9 +206,11 @@ class Steering:
 
     def listen(self, seen: dict[str, Any]) -> Tensor:
         """Stands behind classifier-free guidance (sampler_post_cfg_function)."""
+        # Perp-Neg's guider scales the distance to an empty prompt, and may have no negative one
+        kind = "empty_cond" if seen.get("empty_cond") is not None else "uncond"
         # at CFG 1 samplers leave the unconditional half out and pass zeros instead of it
-        both = seen.get("uncond") is not None
-        self.direction = seen["cond_denoised"] - seen["uncond_denoised"] if both else None
+        both = seen.get(kind) is not None
+        self.direction = seen["cond_denoised"] - seen[f"{kind}_denoised"] if both else None
         self.scale = float(seen["cond_scale"])
         return seen["denoised"]
 

@@ -20,6 +20,8 @@ from . import host, loaders
 from .score import DRAWN_PACK
 
 RECOGNISER_FILE = "recogniser.safetensors"
+_FAST = "vae_approx"
+"""ComfyUI's kind of models among which the fast decoders are"""
 
 
 class GuidingFaces(NamedTuple):
@@ -43,7 +45,7 @@ def guiding_faces(
     """
     if face_encoder is not None:
         encoder = FaceEncoder.wrap(face_encoder)
-        return GuidingFaces(encoder.name, open_network(recogniser_of(encoder)), encoder.faces)
+        return GuidingFaces(encoder.name, open_network(recogniser_of(encoder)), encoder.find)
     name = features.face_encoder if features else ""
     if not name:
         raise DiffLoRAError(
@@ -95,16 +97,24 @@ def _opened(path: Path, state: str) -> FaceNetwork:
     return open_face_network(path)
 
 
-def fast_decoder(latents: Any) -> FastDecoder | None:
-    """TAESD for a model's latents from models/vae_approx, if it is there.
+def decoders_state() -> str:
+    """Changes when a fast decoder comes or goes; for `fingerprint_inputs`."""
+    names = [n for n in folder_paths.get_filename_list(_FAST) if n.endswith(".safetensors")]
+    return "".join(host.file_state(host.listed_path(_FAST, name)) for name in sorted(names))
+
+
+def fast_decoder(latents: Any) -> tuple[FastDecoder | None, str]:
+    """TAESD for a model's latents from models/vae_approx, if it is there, and what reports call it.
 
     Only as safetensors: pickled files (.pth) are passed over. Errors: BadWeightsFile,
     LayoutMismatch.
     """
     name = latents.taesd_decoder_name
-    path = folder_paths.get_full_path("vae_approx", f"{name}.safetensors") if name else None
+    path = folder_paths.get_full_path(_FAST, f"{name}.safetensors") if name else None
     if path is None:
-        return None
+        pickled = bool(name) and folder_paths.get_full_path(_FAST, f"{name}.pth")
+        why = f" ({name}.pth is a pickle, which is not opened; save it as safetensors)"
+        return None, f"VAE{why if pickled else ''}"
     # autograd refuses weights that were made in inference mode
     with torch.inference_mode(False):
         decoder = FastDecoder.open(path)
@@ -114,4 +124,4 @@ def fast_decoder(latents: Any) -> FastDecoder | None:
             f"{latents.latent_channels}.",
             hint="Put the file that belongs to the model into models/vae_approx, or choose VAE.",
         )
-    return decoder
+    return decoder, "fast"

@@ -88,9 +88,9 @@ class Guide:
         network: a frozen face network with `.size`; the gradient comes from it.
         references: unit embeddings of the same network: [R, D] for all pictures of a batch, or
             [B, R, D] for each its own.
-        finder: pictures to faces (`FaceEncoder.faces`); None where a mask says where they are.
-        mask: [B or 1, H, W] in 0..1, any size: nothing outside ever changes. Without a finder
-            every separate area of it is a face, from left to right as the references are.
+        finder: pictures to faces (`FaceEncoder.find`); None where a mask says where they are.
+        mask: [B or 1, H, W] in 0..1, any size: nothing outside changes at a step. Without a
+            finder every separate area of it is a face, from left to right as the references are.
     """
 
     def __init__(

@@ -212,7 +212,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "ReduceSum": _reduction(torch.sum),
     "Relu": lambda a, x: x.relu(),
     "Reshape": _reshape,
-    "Shape": lambda a, x: torch.tensor(x.shape),
+    "Shape": lambda a, x: torch.tensor(x.shape[a.get("start", 0) : a.get("end")]),
     "Sigmoid": lambda a, x: x.sigmoid(),
     "Slice": _slice,
     "Sqrt": lambda a, x: x.sqrt(),

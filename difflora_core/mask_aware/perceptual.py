@@ -1,8 +1,8 @@
 """LPIPS on VGG-16 (Zhang et al., 2018) from the user's own weights; never a download.
 
-Features of the VAE's decoder (`Decoder.features`) are the first choice for bodies, as in LPL
-(Berrada et al., 2025): they are there already and know what a latent can express. This is the
-distance of the original project, for comparison.
+Features of the VAE's decoder (`masked_distance` in losses.py) are the first choice for bodies, as
+in LPL (Berrada et al., 2025): they are there already and know what a latent can express. This is
+the distance of the original project, for comparison.
 """
 
 from __future__ import annotations

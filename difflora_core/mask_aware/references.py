@@ -23,8 +23,8 @@ def reference_embeddings(
     pictures: Sequence[Pixels] = (),
     finder: Finder | None = None,
 ) -> Tensor:
-    """Unit embeddings [R, D], made outside inference mode: the person of the features first, then
-    every face of every picture, from left to right.
+    """Unit embeddings [R, D], made outside inference mode: the person of the features first, if
+    they hold a face, then every face of every picture, from left to right.
 
     Args:
         encoder: name of the face encoder whose recogniser `network` is.
@@ -34,7 +34,9 @@ def reference_embeddings(
     """
     check_person(features, bool(pictures))
     with torch.inference_mode(False), torch.no_grad():
-        rows = [] if features is None else [_of_features(network, encoder, features)]
+        rows = []
+        if features is not None and features.face is not None:
+            rows.append(_of_features(network, encoder, features))
         for number, picture in enumerate(pictures, start=1):
             rows.append(_of_picture(network, picture, finder, number))
         return torch.cat(rows)
@@ -42,7 +44,7 @@ def reference_embeddings(
 
 def check_person(features: Features | None, pictures: bool) -> None:
     """Errors: DiffLoRAError unless there is a face to lead towards, or a picture to find one in."""
-    if features is not None and features.face is None:
+    if features is not None and features.face is None and not pictures:
         raise DiffLoRAError(
             "These features hold no face, which guidance needs.",
             hint="Connect a face encoder to Encode Face Features, or a reference picture here.",

@@ -12,14 +12,14 @@ from einops import rearrange
 from torch import Tensor
 
 from ..errors import DiffLoRAError, NoFaceFound
-from ..face import Face
+from ..face import FoundFace
 from ..photos import Pixels
 from .crops import crop_boxes, landmarks_of_boxes
 from .mask_areas import mask_parts
 from .matching import whose_face
 
 WhenLost = Literal["hold", "skip", "error"]
-Finder = Callable[[Pixels], Sequence[Face]]
+Finder = Callable[[Pixels], Sequence[FoundFace]]
 Embed = Callable[[Tensor, Tensor], Tensor]
 """Pictures [N, 3, H, W] and landmarks [N, 5, 2] to unit embeddings [N, D]."""
 Decode = Callable[[int, Tensor | None], Tensor]
@@ -29,6 +29,8 @@ FIND_EVERY = 3
 """Guided steps between two looks for faces; in between they are where they were."""
 CLEAR_SIGMA = 1.5
 """Below it an estimate is clear enough that a face which is not found is not there."""
+LEAST_COVERED = 0.1
+"""Share of a face's box that a mask covers where the face is meant although its middle is not."""
 LARGEST_STAND_IN = 0.5
 """Share of the picture that an area may take and still say where a face is."""
 
@@ -130,8 +132,8 @@ class Tracker:
         return dict(enumerate(landmarks_of_boxes(boxes[share <= LARGEST_STAND_IN]).cpu()))
 
     def _look(self, number: int, decode: Decode, finder: Finder, sigma: float) -> None:
-        def faces_of(picture: Tensor) -> list[Face]:
-            return [face for face in finder(to_pixels(picture)) if self._inside(face, number)]
+        def faces_of(picture: Tensor) -> list[FoundFace]:
+            return self._in_mask(finder(to_pixels(picture)), number)
 
         # places of the mask are nobody's: the faces that are found are matched as at first
         before = {} if number in self.standing_in else self.held.get(number, {})
@@ -175,18 +177,22 @@ class Tracker:
             )
         return {} if self.when_lost == "skip" else gone
 
-    def _inside(self, face: Face, number: int) -> bool:
-        """Whether the middle of a face lies in the picture's mask."""
+    def _in_mask(self, faces: Sequence[FoundFace], number: int) -> list[FoundFace]:
+        """Faces whose middle lies in the picture's mask; where they are too few for the references,
+        those, too, of which it covers a part: only a mouth, say, or the hair."""
         mask = self._mask_of(number)
         if mask is None:
-            return True
-        x, y = (
-            int(min(max(c, 0), s - 1)) for c, s in zip(face.centre, mask.shape[::-1], strict=True)
-        )
-        return bool(mask[y, x] > 0)
+            return list(faces)
+        shares = [_covered(mask, face.box.tolist()) for face in faces]
+        middles = [_covered(mask, [*face.centre, *face.centre]) > 0 for face in faces]
+        inside = [face for face, middle in zip(faces, middles, strict=True) if middle]
+        if len(inside) >= self.references.shape[1]:
+            return inside
+        sides = zip(faces, middles, shares, strict=True)
+        return inside + [face for face, m, share in sides if not m and share >= LEAST_COVERED]
 
     def _match(
-        self, picture: Tensor, faces: Sequence[Face], before: dict[int, Tensor], number: int
+        self, picture: Tensor, faces: Sequence[FoundFace], before: dict[int, Tensor], number: int
     ) -> dict[int, Tensor]:
         """Reference -> landmarks of its face."""
         largest = sorted(faces, key=lambda face: -face.area)
@@ -214,6 +220,15 @@ class Tracker:
         points = torch.stack([row[2] for row in rows]) if rows else torch.zeros(0, 5, 2)
         index = torch.tensor([pictures, references], dtype=torch.int64).view(2, -1)
         return FaceRows(index[0], index[1], points.float().to(device))
+
+
+def _covered(mask: Tensor, box: Sequence[float]) -> float:
+    """Share of a box x1, y1, x2, y2 that lies in the mask [H, W]; at least a pixel is looked at."""
+    (x1, x2), (y1, y2) = (
+        (min(max(int(low), 0), size - 1), min(max(math.ceil(high), 1), size))
+        for low, high, size in zip(box[:2], box[2:], mask.shape[::-1], strict=True)
+    )
+    return float((mask[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)] > 0).float().mean())
 
 
 def _bounds(faces: dict[int, Tensor]) -> Tensor:

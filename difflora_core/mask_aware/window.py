@@ -71,7 +71,17 @@ def timestep_sigma(t: float) -> float:
 
 def window_below(t: float) -> SigmaWindow:
     """All steps at or below timestep t: "t < T" of the loss, said to a sampler."""
-    return SigmaWindow(timestep_sigma(t))
+    return window_between(t, 0)
+
+
+def window_between(first: float, last: float) -> SigmaWindow:
+    """Timesteps from `first` down to `last`, both guided. Errors: DiffLoRAError when empty."""
+    if not first >= last >= 0:
+        raise DiffLoRAError(
+            f"A guidance window from timestep {first:g} down to {last:g} is empty.",
+            hint="It starts at the higher timestep and ends at the lower one, 0 at least.",
+        )
+    return SigmaWindow(timestep_sigma(first), timestep_sigma(last) if last else 0.0)
 
 
 def window_of_percent(

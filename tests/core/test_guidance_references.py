@@ -77,8 +77,16 @@ def test_nobody_is_refused() -> None:
         check_person(None, pictures=False)
     blind = Features(None, torch.randn(1, 4), torch.ones(1))
     with pytest.raises(DiffLoRAError, match="hold no face"):
-        check_person(blind, pictures=True)
+        check_person(blind, pictures=False)
     check_person(None, pictures=True)
+
+
+def test_features_without_a_face_leave_it_to_the_picture(network: FaceNetwork) -> None:
+    blind, finder = Features(None, torch.randn(1, 4), torch.ones(1)), always(face_at(20, 30))
+    rows = [
+        reference_embeddings(network, "tiny", known, [picture()], finder) for known in (blind, None)
+    ]
+    assert torch.equal(rows[0], rows[1])
 
 
 def test_pictures_need_a_finder_and_a_face(network: FaceNetwork) -> None:

@@ -155,5 +155,18 @@ def test_shapes_and_constants(tmp_path: Path) -> None:
     assert torch.allclose(found, by_onnxruntime(path, crops(1)))
 
 
+@pytest.mark.parametrize("part", [{"start": 0, "end": 1}, {"start": -4, "end": -3}, {"end": 1}])
+def test_a_part_of_a_shape(tmp_path: Path, part: dict[str, int]) -> None:
+    """As exporters write `x.size(0)` since opset 15."""
+    nodes = [
+        helper.make_node("Shape", ["data"], ["count"], **part),
+        helper.make_node("Concat", ["count", "rest"], ["wanted"], axis=0),
+        helper.make_node("Reshape", ["data", "wanted"], ["out"]),
+    ]
+    path = write(tmp_path / "view.onnx", nodes, {"rest": whole(-1)}, opset=15)
+    *_, found = read_onnx(path, RECOGNISER)(crops(1))
+    assert torch.allclose(found, by_onnxruntime(path, crops(1)))
+
+
 def test_every_operation_is_tested() -> None:
     assert OPERATIONS.keys() == {case.kind for case in CASES} | {"Constant", "Shape"}

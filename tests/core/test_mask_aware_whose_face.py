@@ -259,3 +259,37 @@ def test_a_clear_picture_without_a_face_is_not_searched_at_every_step(
     for step in range(1, 7):
         tracker.locate(1, lambda number, near: torch.zeros(3, 64, 64), step, sigma)
     assert finder.calls == calls  # at once, then every third step
+
+
+@pytest.mark.parametrize(
+    "area", [(60, 112, 132, 140), (60, 60, 132, 85), (60, 60, 90, 132)], ids=str
+)
+def test_a_mask_of_a_part_of_a_face_means_that_face(area: tuple[int, int, int, int]) -> None:
+    """Its mouth, its hair, a side of it; the middle of its box is outside."""
+    face, mask = face_at(60, 60, 72), torch.zeros(1, 192, 192)
+    mask[:, area[1] : area[3], area[0] : area[2]] = 1
+    tracker = Tracker(always(face), lambda p, k: references(1), references(1)[None], mask, "error")
+    (rows,) = _located(tracker, [1.0])
+    assert torch.equal(rows.landmarks[0], torch.from_numpy(face.landmarks))
+
+
+def test_a_face_in_the_mask_goes_before_one_at_its_edge() -> None:
+    inside, edge = face_at(20, 20, 40), face_at(70, 10, 90)
+    mask = torch.zeros(1, 192, 192)
+    mask[:, :, :90] = 1
+    tracker = Tracker(
+        always(inside, edge), lambda p, k: references(2)[: len(k)], references(1)[None], mask,
+        "error",
+    )  # fmt: skip
+    (rows,) = _located(tracker, [1.0])
+    assert torch.equal(rows.landmarks[0], torch.from_numpy(inside.landmarks))
+
+
+def test_a_face_that_hardly_touches_the_mask_is_another() -> None:
+    mask = torch.zeros(1, 192, 192)
+    mask[:, :, :24] = 1
+    tracker = Tracker(
+        always(face_at(20, 20, 80)), lambda p, k: references(1), references(1)[None], mask, "error"
+    )
+    with pytest.raises(NoFaceFound):
+        _located(tracker, [1.0])

@@ -11,6 +11,7 @@ from difflora_core.mask_aware.window import (
     SigmaWindow,
     timestep_sigma,
     window_below,
+    window_between,
     window_named,
     window_of_percent,
 )
@@ -52,6 +53,15 @@ def test_percent_goes_through_the_model() -> None:
     assert window_of_percent(0.25, 0.75, lambda p: 8 * (1 - p)) == SigmaWindow(6.0, 2.0)
     with pytest.raises(DiffLoRAError, match="80% to 20%"):
         window_of_percent(0.8, 0.2, lambda p: 1 - p)
+
+
+def test_timesteps_and_the_end_of_the_run() -> None:
+    assert window_between(100, 0) == WINDOWS["paper"]
+    window = window_between(400, 100)
+    assert (window.high, window.low) == (timestep_sigma(400), timestep_sigma(100))
+    for first, last in ((100, 400), (100, -1)):
+        with pytest.raises(DiffLoRAError, match=f"from timestep {first} down to {last} is empty"):
+            window_between(first, last)
 
 
 def test_impossible_windows_are_refused() -> None:

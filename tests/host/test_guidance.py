@@ -142,6 +142,18 @@ def test_windows_warn_when_hardly_any_step_lies_in_them(
     assert warned == (count < 3)
 
 
+@pytest.mark.parametrize(
+    ("same", "window", "start", "end"),
+    [("identity", "sigma", 10.0, 0.4), ("paper", "timestep", 100.0, 0.0)],
+)
+def test_windows_can_be_said_in_sigmas_and_timesteps(
+    host: Host, same: str, window: str, start: float, end: float
+) -> None:
+    named = host.run(guided(guidance(window=same), steps=6))
+    values = host.run(guided(guidance(window=window, start=start, end=end), steps=6))
+    assert torch.equal(latents(values), latents(named))
+
+
 def test_the_report_shows_what_happened(host: Host) -> None:
     more = guidance() | {
         "report": node("DiffLoRA_GuidanceReport", guidance=["guide", 1], images=["decode", 0])

@@ -151,6 +151,22 @@ def test_a_step_is_as_long_whatever_the_guider_scales(host: Host, style: str) ->
     assert step(8.0) > 0
 
 
+def test_perp_neg_without_its_negative_prompt(host: Host) -> None:
+    """Then classifier-free guidance is the distance to an empty prompt alone."""
+    conditions = {"positive": ["yes", 0], "negative": ["no", 0], "empty_conditioning": ["none", 0]}
+    changes = []
+    for neg_scale in (0.0, 1e-6):
+        pictures = []
+        for prompt, model in ((unguided(), "mini"), (guided(guidance()), "guide")):
+            prompt["none"] = node("CLIPTextEncode", clip=["mini", 1], text="")
+            scales = {"cfg": 4.0, "neg_scale": neg_scale}
+            perp = with_guider(prompt, model, 1, "PerpNegGuider", **conditions, **scales)
+            pictures.append(latents(host.run(perp)))
+        changes.append(pictures[1] - pictures[0])
+    assert changes[0].abs().max() > 0
+    assert torch.allclose(changes[0], changes[1], atol=1e-3)
+
+
 def test_inpainting_keeps_what_is_not_masked(host: Host) -> None:
     more = guidance() | mask_of((0, 0, 0.5, 1))
     more["area"] = node("SetLatentNoiseMask", samples=["empty", 0], mask=["mask", 0])

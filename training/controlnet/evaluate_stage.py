@@ -116,6 +116,8 @@ def check(config: Config) -> None:
             hint="Leave controlnet.model empty and controlnet.data drawn; train-controlnet "
             "measures models of real pictures itself, on their validation split.",
         )
+    if not settings.seeds:
+        raise BadConfig("controlnet.seeds is empty; expected at least one number.")
     if settings.evaluation.portraits < 2:
         raise BadConfig("controlnet.evaluation.portraits must be at least 2 for an interval.")
 
