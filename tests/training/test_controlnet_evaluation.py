@@ -13,10 +13,9 @@ from scipy import stats
 
 from difflora_core.config import to_dict
 from difflora_core.errors import BadConfig
-from difflora_core.face import Face, FaceEncoder
+from difflora_core.face import Face
 from tests.training.controlnet_world import FEW, world
-from tests.training.tiny_world import StandInFaces
-from training import artifacts
+from tests.training.tiny_world import let_stand_ins_judge
 from training.__main__ import main, open_run
 from training.artifacts import artifacts_folder
 from training.config import Config, load_config
@@ -169,11 +168,7 @@ def test_gains_compare_rows_of_equal_seeds() -> None:
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     config = world(tmp_path, *SMALL)
-    pack = artifacts_folder(config) / "insightface/models/mini/det_mini.onnx"
-    pack.parent.mkdir(parents=True)
-    pack.touch()
-    monkeypatch.setattr(artifacts, "SHIPPED", tmp_path / "nothing is shipped")
-    monkeypatch.setattr(FaceEncoder, "open", lambda *args, **kwargs: StandInFaces())
+    let_stand_ins_judge(config, monkeypatch)
     return config
 
 

@@ -33,7 +33,7 @@ from training.base.models import (
 )
 from training.config import Config, load_config
 from training.encoders.attributes_net import PortraitNet, PortraitNetConfig, checker_outputs
-from training.encoders.face_pack import face_encoder_name
+from training.encoders.face_pack import DETECTOR_FILE, face_encoder_name
 from training.evaluation import measures
 from training.loras.collect import LoraSet, write_set
 from training.loras.stage import lora_space
@@ -74,14 +74,19 @@ def evaluated_world(folder: Path, words: list[str], monkeypatch: pytest.MonkeyPa
     file.write_text(f'[run]\nroot = "{folder / "run"}"\n')
     config = load_config(file, words)
     write_world(config)
-    pack = artifacts_folder(config) / "insightface/models/mini/det_mini.onnx"
+    monkeypatch.setattr(measures, "PREFERENCE_PICTURES", 16)
+    let_stand_ins_judge(config, monkeypatch)
+    return config
+
+
+def let_stand_ins_judge(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of the face pack of this run, and of everything shipped."""
+    pack = artifacts_folder(config) / DETECTOR_FILE
     pack.parent.mkdir(parents=True)
     pack.touch()
-    monkeypatch.setattr(measures, "PREFERENCE_PICTURES", 16)
-    monkeypatch.setattr(artifacts, "SHIPPED", folder / "nothing is shipped")
+    monkeypatch.setattr(artifacts, "SHIPPED", Path(config.run.root) / "nothing is shipped")
     faces = StandInFaces(face_encoder_name(config))
     monkeypatch.setattr(FaceEncoder, "open", lambda *args, **kwargs: faces)
-    return config
 
 
 def write_world(config: Config, space: LoraSpace | None = None) -> LoraSpace:
