@@ -144,8 +144,9 @@ def box_masks(boxes: Tensor, size: tuple[int, int], upscale: int) -> Tensor:
 
 def latent_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
     """Pixel masks [B, H, W] in 0..1 -> latents [B, h, w]: mean of the pixels of each latent."""
-    # on the CPU: Apple's GPUs pool into sides only that divide the mask's
-    return F.adaptive_avg_pool2d(masks.float().cpu()[:, None], size)[:, 0].to(masks.device)
+    # Apple's GPUs pool into sides only that divide the mask's
+    pooled = masks.float().cpu() if masks.device.type == "mps" else masks.float()
+    return F.adaptive_avg_pool2d(pooled[:, None], size)[:, 0].to(masks.device)
 
 
 def _overlap(start: Tensor, low: Tensor, high: Tensor) -> Tensor:
