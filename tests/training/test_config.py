@@ -83,6 +83,10 @@ def test_overrides_win_and_keep_their_types(tmp_path: Path) -> None:
         (["controlnet.batch=0"], "batch must be 1 or more"),
         (["controlnet.objective.embedding_weight=-5"], "embedding_weight must be 0 or more"),
         (["controlnet.objective.tap_weights=[1, -1]"], "objective: tap_weights must be 0 or more"),
+        (
+            ["controlnet.objective.tap_weights=[0, 0]", "controlnet.objective.embedding_weight=0"],
+            "no face term is left",
+        ),
         (["controlnet.evaluation.groups=-1"], "groups must be 0 or more"),
         (["controlnet.evaluation.fid_pictures=1"], "fid_pictures must be 2 or more"),
         (["controlnet.evaluation.factor_pictures=1"], "factor_pictures must be 4 or more"),

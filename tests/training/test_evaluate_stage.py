@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from difflora_core.errors import BadConfig, BadWeightsFile, DiffLoRAError
+from difflora_core.errors import BadConfig, BadWeightsFile, DiffLoRAError, LayoutMismatch
 from tests.training.tiny_world import evaluated_world
 from training.__main__ import main, open_run
 from training.artifacts import artifacts_folder
@@ -19,7 +20,7 @@ from training.evaluation import audition, stage
 from training.evaluation.config import ROWS, EvalConfig
 from training.evaluation.figures_file import check_place
 from training.evaluation.rows import ROWS as METHODS
-from training.evaluation.stage import check_rows, run
+from training.evaluation.stage import check_inputs, check_rows, run
 
 SMALL = [
     "run.device=cpu", "eval.people=2", "eval.prompts=2", "eval.references=2", "eval.paint_steps=2",
@@ -114,14 +115,28 @@ def test_impossible_settings_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("row", ["predicted", "best_of_4", "refined"])
 def test_a_predictor_that_cannot_be_opened_is_refused_before_any_work(
-    tmp_path: Path, row: str
+    config: Config, tmp_path: Path, row: str
 ) -> None:
     damaged = tmp_path / "predictor.safetensors"
+
+    def check(row: str) -> None:
+        settings = EvalConfig(rows=("base", row), predictor=str(damaged))
+        check_inputs(dataclasses.replace(config, eval=settings))
+
     for sentence in ("does not exist", "no safetensors file"):
         with pytest.raises(BadWeightsFile, match=sentence):
-            check_rows(EvalConfig(rows=("base", row), predictor=str(damaged)))
+            check(row)
         damaged.write_bytes(b"half")
-    check_rows(EvalConfig(rows=("base", "teacher"), predictor=str(damaged)))
+    check("teacher")
+    (artifacts_folder(config) / "predictor_paper.safetensors").write_bytes(b"half")
+    with pytest.raises(BadWeightsFile, match="no safetensors file"):
+        check("predicted_paper")
+
+
+def test_a_set_of_another_space_is_refused_before_any_work(config: Config) -> None:
+    other = dataclasses.replace(config, loras=dataclasses.replace(config.loras, gauge="free"))
+    with pytest.raises(LayoutMismatch, match="of space"):
+        check_inputs(other)
 
 
 def test_missing_judges_name_the_stage(config: Config) -> None:

@@ -67,6 +67,8 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         at_least(0, self, "tap_weights", "embedding_weight")
+        if self.tap_weights and not any(self.tap_weights) and not self.embedding_weight:
+            raise ValueError("tap_weights and embedding_weight are all 0: no face term is left")
 
 
 @dataclass(frozen=True)

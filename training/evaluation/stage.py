@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from torch import Tensor
 from difflora_core.config import to_dict
 from difflora_core.errors import BadConfig, DiffLoRAError
 from difflora_core.predictor import Predictor
-from training.artifacts import MissingArtifact
+from training.artifacts import MissingArtifact, artifact
 from training.base.painter import Painter
 from training.config import Config
+from training.loras.collect import read_set
 from training.portraits import ATTRIBUTES
 from training.run_folder import RunFolder, device_name
 
@@ -45,6 +47,7 @@ def run(config: Config, folder: RunFolder) -> None:
     Figures are written after every row, so that a long run that is stopped leaves its first rows.
     """
     check_rows(config.eval)
+    check_inputs(config)
     check_place(config)
     bench = open_bench(config)
     yardstick = Yardstick.make(bench.judges, bench.trial, config.eval.seed)
@@ -99,15 +102,28 @@ def sheet_prompt(trial: Trial) -> int:
 
 
 def check_rows(settings: EvalConfig) -> None:
-    """Errors: BadConfig for rows that do not exist or too few people or prompts, BadWeightsFile for
-    an `eval.predictor` that cannot be opened, of which only later rows would know."""
+    """Errors: BadConfig for rows that do not exist or too few people or prompts."""
     unknown = [name for name in settings.rows if name not in ROWS]
     if unknown or not settings.rows:
         raise BadConfig(f"eval.rows has {unknown}; the rows are {', '.join(ROWS)}.")
     if settings.people < 2 or settings.prompts < 2:
         raise BadConfig("eval.people and eval.prompts must be at least 2 for an interval.")
-    if settings.predictor and not set(PREDICTED).isdisjoint(settings.rows):
-        Predictor.open(settings.predictor)
+
+
+def check_inputs(config: Config) -> None:
+    """Open what only later rows would. What does not exist is left for them to name.
+
+    Errors: BadWeightsFile for predictors and LoRA sets that cannot be read, LayoutMismatch for a
+    set of another LoRA space.
+    """
+    with suppress(MissingArtifact):
+        read_set(config)
+    if not set(PREDICTED).isdisjoint(config.eval.rows):
+        with suppress(MissingArtifact):
+            Predictor.open(config.eval.predictor or artifact(config, "predictor"))
+    if "predicted_paper" in config.eval.rows:
+        with suppress(MissingArtifact):
+            Predictor.open(artifact(config, "predictor_paper"))
 
 
 def open_bench(config: Config) -> Bench:
