@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from difflora_core.errors import BadConfig, BadWeightsFile, DiffLoRAError, LayoutMismatch
+from difflora_core.errors import BadConfig, BadWeightsFile, DiffLoRAError
 from tests.training.tiny_world import evaluated_world
 from training.__main__ import main, open_run
 from training.artifacts import artifacts_folder
@@ -135,7 +135,7 @@ def test_a_predictor_that_cannot_be_opened_is_refused_before_any_work(
 
 def test_a_set_of_another_space_is_refused_before_any_work(config: Config) -> None:
     other = dataclasses.replace(config, loras=dataclasses.replace(config.loras, gauge="free"))
-    with pytest.raises(LayoutMismatch, match="of space"):
+    with pytest.raises(DiffLoRAError, match="of space"):
         check_inputs(other)
 
 

@@ -113,8 +113,8 @@ def check_rows(settings: EvalConfig) -> None:
 def check_inputs(config: Config) -> None:
     """Open what only later rows would. What does not exist is left for them to name.
 
-    Errors: BadWeightsFile for predictors and LoRA sets that cannot be read, LayoutMismatch for a
-    set of another LoRA space.
+    Errors: BadWeightsFile for predictors and LoRA sets that cannot be read, DiffLoRAError for a set
+    of another LoRA space.
     """
     with suppress(MissingArtifact):
         read_set(config)
