@@ -77,7 +77,7 @@ def test_a_decoder_trained_alone_leaves_the_latents_as_they_were(tmp_path: Path)
         file,
         [
             "base.only=[vae]", "base.vae.start=artifact", "base.vae.part=decoder",
-            "base.vae.channels=[32,32,32,32]", "base.vae.groups=32",
+            "base.vae.channels=[32,32,32,32]", "base.vae.groups=8",
             "base.vae.critic_weight=0.5", "base.vae.optim.steps=3", "base.vae.batch=4",
             "base.vae.chunk=8", "base.vae.pool=8", "base.vae.measured=4", "run.log_every=1",
         ],
