@@ -26,7 +26,7 @@ from torch.utils.flop_counter import flop_registry
 from difflora_core.mask_aware.decoders import Decoder, FastDecoder, ModuleDecoder
 from difflora_core.mask_aware.full_guidance import guide_through
 from difflora_core.mask_aware.guidance import GuidanceSettings, Guide
-from difflora_core.mask_aware.networks import Chain, FaceNetwork
+from difflora_core.mask_aware.networks import FaceNetwork, as_chain
 from difflora_core.mask_aware.tiles import decode_around, decode_in_tiles
 from difflora_core.recogniser import IResNet, IResNetConfig
 
@@ -151,16 +151,9 @@ def make_guide(mode: str, device: str, name: str) -> Guide:
     mask = torch.zeros(1, pixels, pixels)
     top = pixels // 4
     mask[:, top : top + 5 * half // 2, middle - half : middle + half] = 1
-    network = FaceNetwork("r50", random_r50()).to(device)
+    network = FaceNetwork("r50", as_chain(IResNet(R50))).to(device)
     references = torch.randn(1, R50.embedding)
     return Guide(MODES[mode](device), network, references, GuidanceSettings(), mask=mask)
-
-
-def random_r50() -> Chain:
-    net = IResNet(R50)
-    stem = (net.conv1, net.bn1, net.prelu)
-    flat = nn.Flatten()
-    return Chain(*stem, *net.blocks, net.bn2, flat, net.fc, net.features)
 
 
 def fast(device: str) -> Decoder:

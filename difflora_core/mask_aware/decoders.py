@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import BadWeightsFile
 from ..weights_file import read_safetensors
+from .upsampling import DoublingConv
 
 Built = TypeVar("Built")
 
@@ -59,8 +60,8 @@ class FastDecoder(nn.Module):
         for stage, count in enumerate(blocks):
             layers += [_Block(width) for _ in range(count)]
             if stage + 1 < len(blocks):
-                layers.append(nn.Upsample(scale_factor=2))
-                layers.append(nn.Conv2d(width, width, 3, padding=1, bias=False))
+                # TAESD counts a layer for the doubling
+                layers += [nn.Identity(), DoublingConv(width, width)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(width, 3, 3, padding=1))
         self.channels, self.upscale = channels, 2 ** (len(blocks) - 1)
 
@@ -96,13 +97,13 @@ class FastDecoder(nn.Module):
             return self.layers(latents)
         x, top, left, scale = latents, 0, 0, 1
         for layer, reach in zip(self.layers, _reaches(self.layers), strict=True):
-            x = layer(x)
-            if isinstance(layer, nn.Upsample):
-                top, left, scale = 2 * top, 2 * left, 2 * scale
+            if isinstance(layer, DoublingConv):
                 rows = _near(part.top, part.bottom, scale, reach, top, x.shape[-2])
                 columns = _near(part.left, part.right, scale, reach, left, x.shape[-1])
                 x = x[..., rows, columns]
-                top, left = top + rows.start, left + columns.start
+                top, left = 2 * (top + rows.start), 2 * (left + columns.start)
+                scale = 2 * scale
+            x = layer(x)
         below = scale * latents.shape[-2] - top - x.shape[-2]
         right = scale * latents.shape[-1] - left - x.shape[-1]
         return F.pad(x, (left, right, top, below), mode="replicate")
@@ -126,15 +127,14 @@ class _Block(nn.Module):
 
 
 def _reaches(layers: Iterable[nn.Module]) -> list[int]:
-    """How far each layer's output is looked at around a part by the layers after it, and by what
-    samples between pixels in the end."""
+    """How far around a part each layer's input is looked at, up to the final sampling of pixels."""
     reach, reaches = 1, []
     for layer in reversed(list(layers)):
-        reaches.append(reach)
-        if isinstance(layer, nn.Upsample):
-            reach = -(-reach // 2)
+        if isinstance(layer, DoublingConv):
+            reach = -(-(reach + 1) // 2)
         else:
             reach += sum(isinstance(m, nn.Conv2d) for m in layer.modules())
+        reaches.append(reach)
     return reaches[::-1]
 
 

@@ -19,6 +19,7 @@ from ..errors import BadWeightsFile
 from ..face_crop import TEMPLATE_SIZE, align
 from ..recogniser import IResNet, Recogniser
 from ..tensor_file import is_finite
+from .folding import folded_layers
 from .onnx_network import MISFITS, RECOGNISER, read_onnx
 
 
@@ -137,7 +138,7 @@ def open_face_network(path: str | Path) -> FaceNetwork:
         if path.suffix == ".safetensors":
             recogniser = Recogniser.open(path)
             name = recogniser.config.name or path.stem
-            return FaceNetwork(name, _chain(recogniser.network))
+            return FaceNetwork(name, as_chain(recogniser.network))
         if path.suffix == ".onnx":
             network = read_onnx(path, RECOGNISER)
             return FaceNetwork(path.stem, network, takes_bytes=network.takes_bytes)
@@ -147,11 +148,8 @@ def open_face_network(path: str | Path) -> FaceNetwork:
     )
 
 
-def _chain(network: nn.Module) -> Chain:
-    """The same network with its blocks in a row."""
+def as_chain(network: nn.Module) -> Chain:
+    """What a trained recogniser's network computes, block by block."""
     if isinstance(network, IResNet):
-        stem = (network.conv1, network.bn1, network.prelu)
-        return Chain(
-            *stem, *network.blocks, network.bn2, nn.Flatten(), network.fc, network.features
-        )
+        return Chain(*folded_layers(network))
     return Chain(*network.body, network.places, nn.Flatten(), network.fc)  # type: ignore[misc]

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .folding import affine
+
 Attributes = Mapping[str, Any]
 Operation = Callable[..., Tensor]
 
@@ -74,7 +76,9 @@ def _max_pool(a: Attributes, x: Tensor) -> Tensor:
 def _batch_norm(
     a: Attributes, x: Tensor, scale: Tensor, bias: Tensor, mean: Tensor, variance: Tensor
 ) -> Tensor:
-    return F.batch_norm(x, mean, variance, scale, bias, False, 0.0, a.get("epsilon", 1e-5))
+    factor, shift = affine(mean, variance, scale, bias, a.get("epsilon", 1e-5))
+    channels = (-1, *[1] * (x.ndim - 2))
+    return torch.addcmul(shift.view(channels), x, factor.view(channels))
 
 
 def _gemm(a: Attributes, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
