@@ -11,8 +11,9 @@ backward pass, and of the face network's weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import weakref
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -205,21 +206,40 @@ def operations(run: Callable[[], object]) -> int:
 
 
 def kept_bytes(run: Callable[[], object]) -> int:
-    """Bytes of the tensors that autograd keeps for the backward pass, weights left out."""
-    with counted_storages() as storages:
+    """Most bytes of tensors that autograd keeps at once for the backward pass, weights left out."""
+    kept = _Kept()
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, _Saved.unpack):
         run()
-    return sum(storages.values())
+    return kept.most
 
 
-@contextmanager
-def counted_storages() -> Iterator[dict[int, int]]:
-    storages: dict[int, int] = {}
+class _Kept:
+    """Counts storages while anything that was saved for a backward pass refers to them."""
 
-    def keep(tensor: Tensor) -> Tensor:
+    def __init__(self) -> None:
+        self.users: Counter[int] = Counter()
+        self.now = self.most = 0
+
+    def pack(self, tensor: Tensor) -> _Saved:
+        saved = _Saved(tensor)
         if tensor.grad_fn is not None or tensor.requires_grad:
             storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+            self._change(storage.data_ptr(), storage.nbytes(), 1)
+            weakref.finalize(saved, self._change, storage.data_ptr(), storage.nbytes(), -1)
+        return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield storages
+    def _change(self, place: int, size: int, users: int) -> None:
+        before = self.users[place] > 0
+        self.users[place] += users
+        self.now += size * ((self.users[place] > 0) - before)
+        self.most = max(self.most, self.now)
+
+
+class _Saved:
+    """Lives as long as the backward pass needs its tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def unpack(self) -> Tensor:
+        return self.tensor
