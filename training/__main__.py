@@ -34,6 +34,7 @@ STAGES: dict[str, str] = {
     "train-autoencoder": "training.predictor.autoencoder_stage:run",
     "train-dit": "training.predictor.dit_stage:run",
     "finetune-predictor": "training.predictor.finetune_stage:run",
+    "paint-portraits": "training.evaluation.portraits_sheet:run",
     "evaluate": "training.evaluation.stage:run",
     "evaluate-guidance": "training.guidance.stage:run",
     "build-people-dataset": "training.controlnet.people_stage:run",

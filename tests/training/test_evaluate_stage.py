@@ -8,18 +8,23 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from difflora_core.errors import BadConfig, BadWeightsFile, DiffLoRAError
 from tests.training.tiny_world import evaluated_world
 from training.__main__ import main, open_run
 from training.artifacts import artifacts_folder
+from training.base.painter import Painter
 from training.config import Config, load_config
 from training.evaluation import audition, stage
 from training.evaluation.config import ROWS, EvalConfig
 from training.evaluation.figures_file import check_place
+from training.evaluation.protocol import draw_trial
 from training.evaluation.rows import ROWS as METHODS
+from training.evaluation.sheet import to_image
 from training.evaluation.stage import check_inputs, check_rows, run
 
 SMALL = [
@@ -79,6 +84,24 @@ def test_all_rows_have_all_measures(config: Config, tmp_path: Path) -> None:
     folder = Path(config.run.root) / "evaluate"
     assert (folder / "table.md").read_text().count("\n") == 2 + len(ROWS)
     assert Image.open(folder / "sheet.png").height == 4 + 10 * 132
+
+
+def test_portraits_of_the_held_out_prompts_are_painted_without_loras(
+    config: Config, tmp_path: Path
+) -> None:
+    many = ["eval.prompts=9", "eval.paint_steps=2"]  # one more than a line of the sheet
+    words = [*SMALL, *many, "--config", str(tmp_path / "tiny.toml")]
+    assert main(["paint-portraits", *words]) == 0
+    sheet = Image.open(Path(config.run.root) / "paint-portraits" / "portraits.png")
+    assert sheet.size == (8 * 196, 2 * (192 + 3 * 11 + 4))
+    shown = load_config(tmp_path / "tiny.toml", [*SMALL, *many])
+    trial = draw_trial(shown.eval, torch.device("cpu"))
+    alone = Painter.open(shown).paint(
+        [trial.prompts[8]], [int(trial.noise_seeds[0, 8])], steps=2, guidance=shown.eval.guidance
+    )
+    last = sheet.crop((0, 229, 192, 229 + 192))
+    wanted = to_image(alone[0]).resize((192, 192), Image.Resampling.LANCZOS)
+    assert np.abs(np.asarray(last, int) - np.asarray(wanted, int)).max() <= 1
 
 
 def test_same_seed_gives_the_same_figures(config: Config, tmp_path: Path) -> None:
