@@ -40,7 +40,7 @@ def affine(
 
 
 def folded_layers(network: IResNet) -> list[nn.Module]:
-    """The layers of a trained IResNet in a row, on weights of their own; blocks are one layer.
+    """The layers of a trained IResNet in a row, each block one of them; convolutions are copies.
 
     They give what the network in evaluation mode gives, up to rounding, in less time and memory.
     """
