@@ -56,11 +56,11 @@ def _black_and_white(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
 
 def _sketch(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
     grey = luminance(c.image)
-    line = (_edges(grey) * 0.7 - 0.02).clamp(0, 0.8)
+    line = (_edges(grey) * 1.3 - 0.12).clamp(0, 0.92)
     phase = 6.28 * wide(texture[:, 6])
     hatch = 0.5 + 0.5 * torch.sin((c.x + c.y) * 1.5 + phase)
     tone = (0.62 - grey).clamp(0, 1) * (0.75 + 0.35 * hatch)
-    ink = (line * (1 - tone) + tone).clamp(0, 0.92)  # lines that add up would fill eyes with black
+    ink = (line + tone * 1.05).clamp(0, 0.92)
     paper = torch.tensor([0.97, 0.96, 0.92], device=grey.device)[:, None, None]
     return paper * (1 - ink[:, None]) + 0.1 * ink[:, None]
 
