@@ -52,6 +52,7 @@ def test_a_folded_network_gives_what_the_network_gives(seed: int) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 4, 1, 1), (2, 4, 5, 8)], ids=str)
 def test_a_doubling_convolution_is_one_of_the_doubled_map(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
     ours = DoublingConv(4, 3).requires_grad_(False)
 
     class Plain(nn.Module):
