@@ -20,13 +20,14 @@ from training.base.config import UnetConfig
 from training.base.models import NOISE_SCHEDULE, alphas, open_vae
 from training.base.noise import NoiseSchedule
 from training.base.painter import Painter
-from training.base.pool import build_pool, open_pool
+from training.base.pool import _draw_scenes, build_pool, open_pool
 from training.base.side_path import SidePath, stack_loras
 from training.base.stage import run as train_base
 from training.base.tokens import CONTEXT, END, UNKNOWN, encode, rows, token_index
 from training.base.unet_training import unet_losses
 from training.config import Config, load_config
 from training.portraits import render, sample_scenes
+from training.portraits.scene import is_held_out
 
 CPU = torch.device("cpu")
 PROMPTS = [
@@ -103,6 +104,15 @@ def test_the_pool_knows_where_faces_are(config: Config) -> None:
     assert pool.faces.shape == (6, 16, 16)
     area = (drawn.face_pixels().mean((1, 2)), pool.faces.float().mean((1, 2)))
     assert torch.allclose(*area, atol=1e-3) and area[0].min() > 0
+
+
+def test_the_pool_draws_styles_as_often_as_it_is_told(config: Config) -> None:
+    generator = torch.Generator().manual_seed(0)
+    told = replace(config.base.unet, styles=(0.0, 0.0, 1.0, 0.0, 2.0))  # alike in the world
+    scenes = _draw_scenes(3000, told, generator, "train")
+    shares = torch.bincount(scenes.style, minlength=5) / 3000
+    assert torch.allclose(shares, torch.tensor([0, 0, 1 / 3, 0, 2 / 3]), atol=0.03)
+    assert not is_held_out(scenes.attributes()).any()
 
 
 def test_a_resumed_run_finds_its_pool(config: Config, tmp_path: Path) -> None:

@@ -51,6 +51,20 @@ def test_ground_truth_lies_where_the_face_is() -> None:
     assert not (drawn.masks[:, 0] & drawn.masks[:, 1]).any(), "people hide each other"
 
 
+@pytest.mark.parametrize("style", [s for s in ATTRIBUTES["style"] if s != "photo"])
+def test_every_style_leaves_eyes_open(style: str) -> None:
+    """Light and dark around the eyes go together with those of the photo of the same scene."""
+    drawn = render(scenes(24, fixed={"style": style, "accessory": "none"}))
+    photo = render(scenes(24, fixed={"style": "photo", "accessory": "none"}))
+    alike = []
+    for i, eyes in enumerate(photo.landmarks[:, 0, :2].round().long().tolist()):
+        for x, y in eyes:
+            around = (i, slice(None), slice(max(y - 6, 0), y + 7), slice(max(x - 6, 0), x + 7))
+            greys = [picture.images[around].mean(0).flatten() for picture in (photo, drawn)]
+            alike.append(torch.corrcoef(torch.stack(greys))[0, 1])
+    assert torch.stack(alike).mean() > 0.5
+
+
 def test_eyes_show_their_colour() -> None:
     """Only the iris changes with the factor, and it does so at the eye landmarks."""
     some = scenes(8, fixed={"style": "photo", "accessory": "none", "expression": "surprised"})

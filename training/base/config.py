@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..run_config import OptimConfig
+from ..portraits.vocabulary import STYLES
+from ..run_config import OptimConfig, at_least
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,9 @@ class UnetConfig:
     """Pictures drawn and encoded once, then visited in random order."""
     batch: int = 768
     """Latents per step."""
+    styles: tuple[float, ...] = ()
+    """How much more often than in the world each style is drawn, in the vocabulary's order (photo,
+    black and white, sketch, painting, cartoon); empty = as in the world."""
     mention: float = 0.8
     """Probability that a prompt mentions an attribute of its picture."""
     looks: float = 0.3
@@ -107,6 +111,14 @@ class UnetConfig:
         )
     )
     """Optimiser of U-Net and text encoder together."""
+
+    def __post_init__(self) -> None:
+        """Errors: ValueError for weights that are not one for each of the world's styles."""
+        at_least(0, self, "styles")
+        if self.styles and (len(self.styles) != len(STYLES) or not any(self.styles)):
+            raise ValueError(
+                f"styles must be empty or {len(STYLES)} weights, not all 0, found {self.styles}"
+            )
 
 
 @dataclass(frozen=True)

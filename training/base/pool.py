@@ -20,6 +20,7 @@ from difflora_core.weights_file import read_safetensors, write_safetensors
 from ..artifacts import artifact, sha256
 from ..config import Config
 from ..portraits import Scene, describe, render, sample_scenes
+from ..portraits.vocabulary import STYLES, WEIGHTS
 from .config import UnetConfig
 from .models import Vae, open_vae
 from .tokens import rows
@@ -60,7 +61,8 @@ def open_pool(config: Config, path: Path, device: torch.device) -> LatentPool:
     """
     settings, seed = config.base.unet, config.run.seed
     vae = sha256(artifact(config, "vae"))
-    made_of = json.dumps([settings.pool, settings.mention, settings.looks, seed, vae])
+    drawn_by = [settings.pool, settings.styles, settings.mention, settings.looks]
+    made_of = json.dumps([*drawn_by, seed, vae])
     if path.exists():
         tensors, header = read_safetensors(path)
         if header.get("made_of") == made_of:
@@ -107,18 +109,25 @@ def _scenes_with_prompts(
     sizes = [min(CHUNK, config.pool - i) for i in range(0, config.pool, CHUNK)]
     if config.pool < _PARALLEL_FROM:
         for i, size in enumerate(sizes):
-            scene = sample_scenes(size, generator, people="mixed", split=split)
+            scene = _draw_scenes(size, config, generator, split)
             yield scene, _speak(scene, config.mention, config.looks, seed + i)
         return
     # spawn: a process that has touched a GPU must not fork
     context, count = get_context("spawn"), max(1, (os.cpu_count() or 2) - 2)
     with ProcessPoolExecutor(count, context) as workers:
-        scenes = [sample_scenes(n, generator, people="mixed", split=split) for n in sizes]
+        scenes = [_draw_scenes(n, config, generator, split) for n in sizes]
         spoken = [
             workers.submit(_speak, scene, config.mention, config.looks, seed + i)
             for i, scene in enumerate(scenes)
         ]
         yield from zip(scenes, spoken, strict=True)
+
+
+def _draw_scenes(n: int, config: UnetConfig, generator: torch.Generator, split: str) -> Scene:
+    """Scenes of any number of people, styles as often as the config wants them."""
+    pairs = zip(WEIGHTS["style"], config.styles or [1.0] * len(STYLES), strict=True)
+    weights = {"style": tuple(usual * factor for usual, factor in pairs)}
+    return sample_scenes(n, generator, people="mixed", split=split, weights=weights)
 
 
 def _speak(scene: Scene, mention: float, looks: float, seed: int) -> Tensor:

@@ -107,7 +107,7 @@ def measure_unet(config: Config, unet: Unet, text: TextModel) -> dict[str, float
     share a VAE can be compared.
     """
     device, settings = config.run.torch_device(), config.base.unet
-    few = replace(settings, pool=settings.measured)
+    few = replace(settings, pool=settings.measured, styles=())
     held = build_pool(open_vae(config).to(device), few, _MEASURED_SEED, device, split="test")
     generator, schedule = torch.Generator().manual_seed(_MEASURED_SEED), NoiseSchedule(device)
     noise = torch.randn(held.latents.shape, generator=generator).to(device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -72,6 +72,7 @@ def sample_scenes(
     people: int | str = 1,
     identity: Tensor | None = None,
     fixed: Mapping[str, str | Tensor] | None = None,
+    weights: Mapping[str, Sequence[float]] | None = None,
     split: str = "train",
     device: torch.device | str = "cpu",
 ) -> Scene:
@@ -82,12 +83,13 @@ def sample_scenes(
         people: 1, 2, 3, or "mixed" (mostly one).
         identity: [n, P, 20]; drawn uniformly when absent.
         fixed: attribute name -> value name, or indices [n] (or [n, P]); the rest is drawn.
+        weights: attribute name -> how likely its values are, in place of the vocabulary's WEIGHTS.
         split: "train" never draws a held-out combination of attributes, "test" only those.
 
     Raises:
         KeyError, ValueError: for an attribute or value that the vocabulary lacks.
     """
-    drawn = _draw_attributes(n, generator, fixed or {})
+    drawn = _draw_attributes(n, generator, fixed or {}, {**WEIGHTS, **(weights or {})})
     if not fixed:
         drawn = _move_to_split(drawn, split)
     count = _people_counts(n, people, generator)
@@ -118,7 +120,10 @@ _HASHED = ("style", "background", "expression", "pose", "clothes", "clothes_colo
 
 
 def _draw_attributes(
-    n: int, generator: torch.Generator, fixed: Mapping[str, str | Tensor]
+    n: int,
+    generator: torch.Generator,
+    fixed: Mapping[str, str | Tensor],
+    weights: Mapping[str, Sequence[float]],
 ) -> dict[str, Tensor]:
     for name in fixed:
         if name not in ATTRIBUTES:
@@ -126,9 +131,9 @@ def _draw_attributes(
     drawn = {}
     for name, values in ATTRIBUTES.items():
         shape = (n, MAX_PEOPLE) if name in PERSON_ATTRIBUTES else (n,)
-        weights = torch.tensor(WEIGHTS.get(name, (1.0,) * len(values)))
+        likely = torch.tensor(weights.get(name, (1.0,) * len(values)))
         total = n * (MAX_PEOPLE if len(shape) == 2 else 1)
-        index = torch.multinomial(weights, total, replacement=True, generator=generator)
+        index = torch.multinomial(likely, total, replacement=True, generator=generator)
         drawn[name] = index.view(shape)
         if name in fixed:
             drawn[name] = _fixed_index(name, fixed[name], shape)
