@@ -148,5 +148,7 @@ def test_unknown_values_are_refused() -> None:
         scenes(1, fixed={"style": "fresco"})
     with pytest.raises(KeyError, match="no attribute"):
         scenes(1, fixed={"mood": "calm"})
+    with pytest.raises(KeyError, match="no attribute"):
+        scenes(1, weights={"mood": (1.0,)})
     with pytest.raises(ValueError, match="people"):
         scenes(1, people=4)

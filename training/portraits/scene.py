@@ -125,7 +125,7 @@ def _draw_attributes(
     fixed: Mapping[str, str | Tensor],
     weights: Mapping[str, Sequence[float]],
 ) -> dict[str, Tensor]:
-    for name in fixed:
+    for name in (*fixed, *weights):
         if name not in ATTRIBUTES:
             raise KeyError(f"no attribute {name!r}; the vocabulary has {sorted(ATTRIBUTES)}")
     drawn = {}
