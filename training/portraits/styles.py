@@ -10,6 +10,8 @@ from .canvas import Canvas, blur, wide
 from .vocabulary import STYLES
 
 _LUMA = (0.299, 0.587, 0.114)
+#: film that sees no red: lips are darker than skin
+_ORTHOCHROMATIC = (0.0, 0.65, 0.35)
 
 
 def apply_style(canvas: Canvas, style: Tensor, light: Tensor, texture: Tensor) -> None:
@@ -26,9 +28,9 @@ def apply_style(canvas: Canvas, style: Tensor, light: Tensor, texture: Tensor) -
             canvas.put_rows(index, part)
 
 
-def luminance(image: Tensor) -> Tensor:
+def luminance(image: Tensor, sensitivity: tuple[float, ...] = _LUMA) -> Tensor:
     """[B, 3, H, W] -> [B, H, W]."""
-    weights = torch.tensor(_LUMA, device=image.device)
+    weights = torch.tensor(sensitivity, device=image.device)
     return (image * weights[:, None, None]).sum(1)
 
 
@@ -49,14 +51,14 @@ def _photo(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
 
 
 def _black_and_white(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
-    grey = luminance(_photo(c, light, texture))
-    grey = (grey - 0.5) * 1.15 + 0.5
+    grey = luminance(_photo(c, light, texture), _ORTHOCHROMATIC)
+    grey = 1.05 * grey.clamp(0, 1) ** 0.75
     vignette = 1 - 0.25 * (((c.x - 64) ** 2 + (c.y - 64) ** 2) / 8192) ** 2
     return (grey * vignette)[:, None].expand(-1, 3, -1, -1)
 
 
 def _sketch(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
-    grey = luminance(c.image)
+    grey = luminance(c.image, _ORTHOCHROMATIC)
     line = (_outline(grey) * 1.2 - 0.08).clamp(0, 0.75)
     phase = 6.28 * wide(texture[:, 6])
     hatch = 0.5 + 0.5 * torch.sin((c.x + c.y) * 1.5 + phase)

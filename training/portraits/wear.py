@@ -210,14 +210,11 @@ def _scarf(c: Canvas, pose: Pose, who: Anatomy, colour: Tensor) -> Tensor:
 def _headphones(c: Canvas, pose: Pose, who: Anatomy, colour: Tensor) -> Tensor:
     u, v = pose.head(c.x, c.y)
     px = c.pixel * pose.scale
-    arc = ellipse(u, v + 3, who.width + 6.5, who.height + 9.5).abs() - 1.9
+    arc = ellipse(u, v + 3, who.width + 6.5, who.height + 9.0).abs() - 3.0
     arc = torch.maximum(arc, v + 2)
-    cups = box(u.abs() - who.width - 3.2, v - 2, 4.2, 8.5, 3.0)
+    cups = box(u.abs() - who.width - 3.2, v - 2, 5.2, 9.0, 4.0)
     shape = cover(torch.minimum(arc, cups), px)
-    c.paint(shape, colour * 0.8 + 0.05)
-    c.paint(
-        0.7 * cover(box(u.abs() - who.width - 4.6, v - 2, 1.4, 5.5, 1.0), px), colour * 0.4 + 0.5
-    )
+    c.paint(shape, colour * 0.8)
     return shape
 
 
@@ -225,7 +222,7 @@ def _earrings(c: Canvas, pose: Pose, who: Anatomy, colour: Tensor) -> Tensor:
     u, v = pose.head(c.x, c.y)
     px = c.pixel * pose.scale
     gold = torch.tensor(GOLD, device=u.device).expand_as(colour)
-    rings = circle(u.abs() - who.width - 1.2, v - 11.5, 3.6).abs() - 1.1
-    shape = cover(rings, px)
+    drops = circle(u.abs() - who.width - 1.2, v - 11.5, 4.6)
+    shape = cover(drops, px)
     c.paint(shape, gold)
     return shape
