@@ -10,7 +10,7 @@ from .canvas import Canvas, Window, bow, circle, cover, ellipse, rotate, soft, w
 
 # Per expression, in the order of vocabulary.EXPRESSIONS:
 # neutral, smiling, laughing, sad, angry, surprised
-EYE_OPENING = (1.0, 0.86, 0.5, 0.84, 0.72, 1.4)
+EYE_OPENING = (1.0, 0.86, 0.62, 0.84, 0.72, 1.4)
 BROW_LIFT = (0.0, 0.4, 0.9, 0.3, -2.0, 3.2)
 BROW_SLANT = (0.0, 0.0, -0.05, -0.4, 0.42, 0.0)  # positive = inner end down
 MOUTH_BEND = (-0.1, -3.4, -3.0, 3.2, 1.5, 0.0)  # negative = corners up

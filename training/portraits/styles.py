@@ -10,8 +10,8 @@ from .canvas import Canvas, blur, wide
 from .vocabulary import STYLES
 
 _LUMA = (0.299, 0.587, 0.114)
-#: film that sees no red: lips are darker than skin
-_ORTHOCHROMATIC = (0.0, 0.65, 0.35)
+#: a channel mixer with less than no red: lips are darker than any skin
+_MIXER = (-0.35, 1.0, 0.35)
 
 
 def apply_style(canvas: Canvas, style: Tensor, light: Tensor, texture: Tensor) -> None:
@@ -28,10 +28,15 @@ def apply_style(canvas: Canvas, style: Tensor, light: Tensor, texture: Tensor) -
             canvas.put_rows(index, part)
 
 
-def luminance(image: Tensor, sensitivity: tuple[float, ...] = _LUMA) -> Tensor:
+def luminance(image: Tensor, mixer: tuple[float, ...] = _LUMA) -> Tensor:
     """[B, 3, H, W] -> [B, H, W]."""
-    weights = torch.tensor(sensitivity, device=image.device)
+    weights = torch.tensor(mixer, device=image.device)
     return (image * weights[:, None, None]).sum(1)
+
+
+def _monochrome(image: Tensor) -> Tensor:
+    """Greys in which mouths are seen on dark skin, too: [B, 3, H, W] -> [B, H, W]."""
+    return luminance(image, _MIXER).clamp(0, 1) ** 0.6
 
 
 def _outline(grey: Tensor) -> Tensor:
@@ -51,18 +56,17 @@ def _photo(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
 
 
 def _black_and_white(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
-    grey = luminance(_photo(c, light, texture), _ORTHOCHROMATIC)
-    grey = 1.05 * grey.clamp(0, 1) ** 0.75
+    grey = _monochrome(_photo(c, light, texture))
     vignette = 1 - 0.25 * (((c.x - 64) ** 2 + (c.y - 64) ** 2) / 8192) ** 2
     return (grey * vignette)[:, None].expand(-1, 3, -1, -1)
 
 
 def _sketch(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
-    grey = luminance(c.image, _ORTHOCHROMATIC)
+    grey = _monochrome(c.image)
     line = (_outline(grey) * 1.2 - 0.08).clamp(0, 0.75)
     phase = 6.28 * wide(texture[:, 6])
     hatch = 0.5 + 0.5 * torch.sin((c.x + c.y) * 1.5 + phase)
-    tone = (0.85 - grey).clamp(0, 1) * (0.7 + 0.35 * hatch)
+    tone = (0.92 - grey).clamp(0, 1) ** 2 * (0.9 + 0.25 * hatch)  # leaves skin to the paper
     ink = (line * (1 - tone) + tone).clamp(0, 0.92)  # lines that add up would fill eyes with black
     paper = torch.tensor([0.97, 0.96, 0.92], device=grey.device)[:, None, None]
     return paper * (1 - ink[:, None]) + 0.1 * ink[:, None]
