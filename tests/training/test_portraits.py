@@ -65,6 +65,19 @@ def test_every_style_leaves_eyes_open(style: str) -> None:
     assert torch.stack(alike).mean() > 0.5
 
 
+def test_lips_are_darker_than_dark_skin_without_colours() -> None:
+    fixed = {"accessory": "none", "expression": "neutral", "pose": "front", "framing": "portrait"}
+    some = scenes(12, fixed=fixed | {"style": "black and white"})
+    who = some.identity.clone()
+    for factor, value in {"skin_tone": 1.0, "beard": 0.0, "lip_fullness": 1.0}.items():
+        who[..., FACTORS.index(factor)] = value
+    drawn = render(replace(some, identity=who))
+    for picture, corners in zip(drawn.images, drawn.landmarks[:, 0, 3:], strict=True):
+        x, y = corners.mean(0).round().int().tolist()
+        lower_lip, chin = picture[0, y + 2, x], picture[0, y + 6, x]
+        assert lower_lip < 0.75 * chin
+
+
 def test_eyes_show_their_colour() -> None:
     """Only the iris changes with the factor, and it does so at the eye landmarks."""
     some = scenes(8, fixed={"style": "photo", "accessory": "none", "expression": "surprised"})

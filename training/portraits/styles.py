@@ -34,7 +34,7 @@ def luminance(image: Tensor, mixer: tuple[float, ...] = _LUMA) -> Tensor:
     return (image * weights[:, None, None]).sum(1)
 
 
-def _monochrome(image: Tensor) -> Tensor:
+def monochrome(image: Tensor) -> Tensor:
     """Greys in which mouths are seen on dark skin, too: [B, 3, H, W] -> [B, H, W]."""
     return luminance(image, _MIXER).clamp(0, 1) ** 0.6
 
@@ -56,13 +56,13 @@ def _photo(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
 
 
 def _black_and_white(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
-    grey = _monochrome(_photo(c, light, texture))
+    grey = monochrome(_photo(c, light, texture))
     vignette = 1 - 0.25 * (((c.x - 64) ** 2 + (c.y - 64) ** 2) / 8192) ** 2
     return (grey * vignette)[:, None].expand(-1, 3, -1, -1)
 
 
 def _sketch(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
-    grey = _monochrome(c.image)
+    grey = monochrome(c.image)
     line = (_outline(grey) * 1.2 - 0.08).clamp(0, 0.75)
     phase = 6.28 * wide(texture[:, 6])
     hatch = 0.5 + 0.5 * torch.sin((c.x + c.y) * 1.5 + phase)
