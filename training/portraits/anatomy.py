@@ -149,4 +149,4 @@ class Pose:
 
     def turned(self, u: Tensor | float, depth: float = 1.0) -> Tensor:
         """Horizontal place of a feature at u once the head has turned; depth = how far in front."""
-        return u * (1 - 0.16 * self.yaw.abs()) + 7.5 * depth * self.yaw
+        return u * (1 - 0.16 * self.yaw.abs()) + 5.0 * depth * self.yaw

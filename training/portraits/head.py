@@ -72,16 +72,16 @@ def _shaded_skin(u: Tensor, v: Tensor, who: Anatomy, pose: Pose) -> Tensor:
         cheek = ellipse(u - pose.turned(side * 12.5, 0.6), v - 9, 6.0, 4.5)
         cheeks = cheeks + soft(cheek + 2, 6.0)
     blush = torch.tensor([0.86, 0.36, 0.34], device=u.device)[None, :, None, None]
-    return torch.lerp(skin, blush * skin.mean(1, keepdim=True) * 1.3, 0.28 * cheeks.unsqueeze(1))
+    return torch.lerp(skin, blush * skin.mean(1, keepdim=True) * 1.3, 0.2 * cheeks.unsqueeze(1))
 
 
 def _beard(canvas: Canvas, u: Tensor, v: Tensor, face: Tensor, who: Anatomy, pose: Pose) -> None:
-    x = u - pose.turned(0.0, 0.7)
-    jawline = v - who.height * (0.42 - 0.34 * (x / who.width) ** 2)
-    shaven = ellipse(x, v - who.height * 0.5, who.width * 0.5, who.height * 0.16)
-    area = torch.minimum(soft(-jawline, 3.0), soft(-shaven, 4.0))
-    strength = who.beard.sqrt() * 0.95
-    canvas.paint(face * area * strength, who.hair * 0.85)
+    """Along the jaw only: on the cheeks and around the mouth it looks like dirt."""
+    down = (v / who.height).clamp(0, 1)
+    depth = face_distance(u, v, who, pose) + (2.5 + 2.5 * who.beard) * (1 + down)
+    jaw = torch.minimum(soft(-depth, 1.5), soft(0.1 * who.height - v, 3.0))
+    strength = (6 * who.beard).clamp(max=0.9)
+    canvas.paint(face * jaw * strength, who.hair * 0.85)
 
 
 def draw_front_hair(canvas: Canvas, who: Anatomy, pose: Pose) -> Tensor:

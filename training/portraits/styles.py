@@ -36,7 +36,7 @@ def luminance(image: Tensor, mixer: tuple[float, ...] = _LUMA) -> Tensor:
 
 def monochrome(image: Tensor) -> Tensor:
     """Greys in which mouths are seen on dark skin, too: [B, 3, H, W] -> [B, H, W]."""
-    return luminance(image, _MIXER).clamp(0, 1) ** 0.6
+    return luminance(image, _MIXER).clamp(0, 1) ** 0.5
 
 
 def _outline(grey: Tensor) -> Tensor:
@@ -62,14 +62,15 @@ def _black_and_white(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
 
 
 def _sketch(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
+    """Lighter than the photo, and darkest where it is darker than around: eyes, brows and mouth."""
     grey = monochrome(c.image)
-    line = (_outline(grey) * 1.2 - 0.08).clamp(0, 0.75)
-    phase = 6.28 * wide(texture[:, 6])
-    hatch = 0.5 + 0.5 * torch.sin((c.x + c.y) * 1.5 + phase)
-    tone = (0.92 - grey).clamp(0, 1) ** 2 * (0.9 + 0.25 * hatch)  # leaves skin to the paper
-    ink = (line * (1 - tone) + tone).clamp(0, 0.92)  # lines that add up would fill eyes with black
+    shade = 0.37 + 0.6 * grey + (grey - blur(grey[:, None], 4)[:, 0])
+    hatch = torch.sin((c.x + c.y) * 1.5 + 6.28 * wide(texture[:, 6]))
+    tone = (0.97 - shade).clamp(0, 1) * (1 + 0.12 * hatch)
+    line = (_outline(grey) * 0.5 - 0.08).clamp(0, 0.5)
+    ink = (line * (1 - tone) + tone).clamp(0, 0.95)  # lines that add up would fill eyes with black
     paper = torch.tensor([0.97, 0.96, 0.92], device=grey.device)[:, None, None]
-    return paper * (1 - ink[:, None]) + 0.1 * ink[:, None]
+    return paper * (1 - ink[:, None]) + 0.06 * ink[:, None]
 
 
 def _painting(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
@@ -77,8 +78,8 @@ def _painting(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
     wave = torch.sin(c.x / 3.1 + torch.sin(c.y / 5.0) * 2 + phase)
     swirl = torch.sin(c.y / 2.7 + torch.sin(c.x / 6.0) * 2 + phase)
     n, _, height, width = c.image.shape
-    across = (c.x / 64 - 1 + 0.009 * wave).expand(n, height, width)
-    down = (c.y / 64 - 1 + 0.009 * swirl).expand(n, height, width)
+    across = (c.x / 64 - 1 + 0.005 * wave).expand(n, height, width)
+    down = (c.y / 64 - 1 + 0.005 * swirl).expand(n, height, width)
     moved = F.grid_sample(
         c.image, torch.stack([across, down], -1), padding_mode="border", align_corners=False
     )
@@ -91,7 +92,6 @@ def _painting(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
 
 def _cartoon(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
     grey = c.image.mean(1, keepdim=True)
-    vivid = grey + (c.image - grey) * 1.35
-    flat = torch.lerp(vivid, torch.floor(vivid * 5 + 0.5) / 5, 0.75)
-    line = (_outline(luminance(blur(c.image, 1))) * 4.5 - 0.5).clamp(0, 0.8)
-    return flat * (1 - line[:, None])
+    vivid = (grey + (c.image - grey) * 1.4) * 0.8 + 0.2
+    line = (_outline(luminance(blur(c.image, 1))) * 3 - 0.3).clamp(0, 0.6)
+    return vivid * (1 - line[:, None])
