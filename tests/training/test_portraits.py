@@ -25,6 +25,13 @@ def scenes(n: int, seed: int = 0, **options) -> Scene:
     return sample_scenes(n, torch.Generator().manual_seed(seed), **options)
 
 
+def with_factor(some: Scene, **factors: float) -> Scene:
+    who = some.identity.clone()
+    for name, value in factors.items():
+        who[..., FACTORS.index(name)] = value
+    return replace(some, identity=who)
+
+
 def test_pictures_do_not_depend_on_their_neighbours() -> None:
     some = scenes(20, people="mixed")
     together = render(some).images
@@ -68,30 +75,38 @@ def test_every_style_leaves_eyes_open(style: str) -> None:
 def test_lips_are_darker_than_dark_skin_without_colours() -> None:
     fixed = {"accessory": "none", "expression": "neutral", "pose": "front", "framing": "portrait"}
     some = scenes(12, fixed=fixed | {"style": "black and white"})
-    who = some.identity.clone()
-    for factor, value in {"skin_tone": 1.0, "beard": 0.0, "lip_fullness": 1.0}.items():
-        who[..., FACTORS.index(factor)] = value
-    drawn = render(replace(some, identity=who))
+    drawn = render(with_factor(some, skin_tone=1.0, beard=0.0, lip_fullness=1.0))
     for picture, corners in zip(drawn.images, drawn.landmarks[:, 0, 3:], strict=True):
         x, y = corners.mean(0).round().int().tolist()
         lower_lip, chin = picture[0, y + 2, x], picture[0, y + 6, x]
         assert lower_lip < 0.75 * chin
 
 
+def where_the_iris_is(some: Scene) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels that change with the colour of eyes [N, H, W], and the points of eyes [N, 2, 2]."""
+    brown, blue = (render(with_factor(some, eye_colour=value)) for value in (0.0, 0.75))
+    changed = (brown.images - blue.images).abs().sum(1) > 0.05
+    return changed, brown.landmarks[:, 0, :2]
+
+
 def test_eyes_show_their_colour() -> None:
     """Only the iris changes with the factor, and it does so at the eye landmarks."""
-    some = scenes(8, fixed={"style": "photo", "accessory": "none", "expression": "surprised"})
-    index = FACTORS.index("eye_colour")
-    brown, blue = some.identity.clone(), some.identity.clone()
-    brown[..., index], blue[..., index] = 0.0, 0.75
-    a, b = render(replace(some, identity=brown)), render(replace(some, identity=blue))
-    changed = (a.images - b.images).abs().sum(1) > 0.05
-    for i in range(8):
-        ys, xs = changed[i].nonzero(as_tuple=True)
-        eyes = a.landmarks[i, 0, :2]
-        pixels = torch.stack([xs, ys], -1).float() + 0.5
+    fixed = {"style": "photo", "accessory": "none", "expression": "surprised"}
+    changed, eyes = where_the_iris_is(scenes(8, fixed=fixed))
+    for picture, points in zip(changed, eyes, strict=True):
+        pixels = picture.nonzero().flip(-1) + 0.5
         assert len(pixels), "the colour of the eyes must be visible"
-        assert torch.cdist(pixels, eyes).amin(1).max() < 9
+        assert torch.cdist(pixels, points).amin(1).max() < 9
+
+
+@pytest.mark.parametrize("pose", ["left", "right"])
+def test_hair_does_not_hide_an_eye_of_a_turned_head(pose: str) -> None:
+    fixed = {"style": "photo", "accessory": "none", "expression": "neutral", "pose": pose}
+    some = with_factor(scenes(48, fixed=fixed | {"framing": "portrait"}), eye_spacing=1.0)
+    for picture, points in zip(*where_the_iris_is(some), strict=True):
+        near = torch.cdist(picture.nonzero().flip(-1) + 0.5, points) < 7
+        left, right = near.sum(0).tolist()
+        assert min(left, right) > 0.5 * max(left, right)
 
 
 def test_absent_people_have_no_truth() -> None:
