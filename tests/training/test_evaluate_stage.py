@@ -22,6 +22,7 @@ from training.config import Config, load_config
 from training.evaluation import audition, stage
 from training.evaluation.config import ROWS, EvalConfig
 from training.evaluation.figures_file import check_place
+from training.evaluation.portraits_sheet import draw_prompts
 from training.evaluation.protocol import draw_trial
 from training.evaluation.rows import ROWS as METHODS
 from training.evaluation.sheet import to_image
@@ -92,7 +93,8 @@ def test_portraits_of_the_held_out_prompts_are_painted_without_loras(
     many = ["eval.prompts=9", "eval.paint_steps=2"]  # one more than a line of the sheet
     words = [*SMALL, *many, "--config", str(tmp_path / "tiny.toml")]
     assert main(["paint-portraits", *words]) == 0
-    sheet = Image.open(Path(config.run.root) / "paint-portraits" / "portraits.png")
+    folder = Path(config.run.root) / "paint-portraits"
+    sheet = Image.open(folder / "portraits.png")
     assert sheet.size == (8 * 196, 2 * (192 + 3 * 11 + 4))
     shown = load_config(tmp_path / "tiny.toml", [*SMALL, *many])
     trial = draw_trial(shown.eval, torch.device("cpu"))
@@ -102,6 +104,15 @@ def test_portraits_of_the_held_out_prompts_are_painted_without_loras(
     last = sheet.crop((0, 229, 192, 229 + 192))
     wanted = to_image(alone[0]).resize((192, 192), Image.Resampling.LANCZOS)
     assert np.abs(np.asarray(last, int) - np.asarray(wanted, int)).max() <= 1
+    assert Image.open(folder / "drawn.png").size == sheet.size
+
+
+def test_drawings_beside_the_portraits_follow_their_prompts() -> None:
+    ending = "of a person facing the camera, on a red background"
+    grey, coloured = draw_prompts([f"a black and white photo {ending}", f"a photo {ending}"], 3)
+    assert torch.equal(grey[0], grey[2])
+    red, green, blue = coloured[:, 4, 4]  # a corner: background
+    assert red > 1.5 * max(green, blue)
 
 
 def test_same_seed_gives_the_same_figures(config: Config, tmp_path: Path) -> None:

@@ -1,4 +1,8 @@
-"""Stage paint-portraits: what the base model makes of held-out prompts, to be looked at."""
+"""Stage paint-portraits: what the base model makes of held-out prompts, to be looked at.
+
+Beside it the renderer's pictures of the same prompts after the picture autoencoder: no base model
+that paints through it can be cleaner.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,15 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from training.base.models import Vae
 from training.base.painter import Painter
+from training.base.pool import decode_latents, encode_images
 from training.config import Config
+from training.portraits import ATTRIBUTES, parse_prompt, render, sample_scenes
 from training.run_folder import RunFolder
 
 from .protocol import draw_trial
@@ -27,16 +35,37 @@ CAPTION_LINES = 3
 
 
 def run(config: Config, folder: RunFolder) -> None:
-    """Paint one picture per prompt of `evaluate` with the same settings, without any LoRA."""
+    """Paint one picture per prompt of `evaluate` with the same settings, without any LoRA, and draw
+    one."""
     settings = replace(config.eval, fid_pictures=2)  # nothing is compared here
     trial = draw_trial(settings, config.run.torch_device())
     seeds = trial.noise_seeds[0].tolist()
-    pictures = Painter.open(config).paint(
+    painter = Painter.open(config)
+    painted = painter.paint(
         trial.prompts, seeds, steps=settings.paint_steps, guidance=settings.guidance
     )
-    path = folder.path / "portraits.png"
-    captioned(pictures, trial.prompts).save(path)
-    logger.info("%d portraits: %s", len(pictures), path)
+    drawn = through_autoencoder(painter.vae, draw_prompts(trial.prompts, settings.seed))
+    for name, pictures in {"portraits": painted, "drawn": drawn}.items():
+        path = folder.path / f"{name}.png"
+        captioned(pictures, trial.prompts).save(path)
+        logger.info("%d %s: %s", len(pictures), name, path)
+
+
+def draw_prompts(prompts: Sequence[str], seed: int) -> Tensor:
+    """The renderer's picture of somebody for each prompt, [N, 3, 128, 128] in 0..1."""
+    pictures = []
+    for number, prompt in enumerate(prompts):
+        asked = parse_prompt(prompt)
+        fixed = {name: tuple(ATTRIBUTES[name])[index] for name, index in asked.items()}
+        generator = torch.Generator().manual_seed(1000 * seed + number)
+        pictures.append(render(sample_scenes(1, generator, fixed=fixed)).images)
+    return torch.cat(pictures)
+
+
+def through_autoencoder(vae: Vae, pictures: Tensor) -> Tensor:
+    """What the autoencoder keeps of pictures [N, 3, H, W] in 0..1."""
+    device = next(vae.parameters()).device
+    return decode_latents(vae, encode_images(vae, pictures.to(device))).cpu()
 
 
 def captioned(pictures: Tensor, captions: Sequence[str]) -> Image.Image:
