@@ -22,7 +22,7 @@ from training.config import Config, load_config
 from training.evaluation import audition, stage
 from training.evaluation.config import ROWS, EvalConfig
 from training.evaluation.figures_file import check_place
-from training.evaluation.portraits_sheet import draw_prompts
+from training.evaluation.portraits_sheet import drawings_of
 from training.evaluation.protocol import draw_trial
 from training.evaluation.rows import ROWS as METHODS
 from training.evaluation.sheet import to_image
@@ -109,7 +109,7 @@ def test_portraits_of_the_held_out_prompts_are_painted_without_loras(
 
 def test_drawings_beside_the_portraits_follow_their_prompts() -> None:
     ending = "of a person facing the camera, on a red background"
-    grey, coloured = draw_prompts([f"a black and white photo {ending}", f"a photo {ending}"], 3)
+    grey, coloured = drawings_of([f"a black and white photo {ending}", f"a photo {ending}"], 3)
     assert torch.equal(grey[0], grey[2])
     red, green, blue = coloured[:, 4, 4]  # a corner: background
     assert red > 1.5 * max(green, blue)

@@ -35,8 +35,7 @@ CAPTION_LINES = 3
 
 
 def run(config: Config, folder: RunFolder) -> None:
-    """Paint one picture per prompt of `evaluate` with the same settings, without any LoRA, and draw
-    one."""
+    """Paint one picture per prompt of `evaluate` with the same settings, without any LoRA."""
     settings = replace(config.eval, fid_pictures=2)  # nothing is compared here
     trial = draw_trial(settings, config.run.torch_device())
     seeds = trial.noise_seeds[0].tolist()
@@ -44,14 +43,14 @@ def run(config: Config, folder: RunFolder) -> None:
     painted = painter.paint(
         trial.prompts, seeds, steps=settings.paint_steps, guidance=settings.guidance
     )
-    drawn = through_autoencoder(painter.vae, draw_prompts(trial.prompts, settings.seed))
+    drawn = through_autoencoder(painter.vae, drawings_of(trial.prompts, settings.seed))
     for name, pictures in {"portraits": painted, "drawn": drawn}.items():
         path = folder.path / f"{name}.png"
         captioned(pictures, trial.prompts).save(path)
         logger.info("%d %s: %s", len(pictures), name, path)
 
 
-def draw_prompts(prompts: Sequence[str], seed: int) -> Tensor:
+def drawings_of(prompts: Sequence[str], seed: int) -> Tensor:
     """The renderer's picture of somebody for each prompt, [N, 3, 128, 128] in 0..1."""
     pictures = []
     for number, prompt in enumerate(prompts):
