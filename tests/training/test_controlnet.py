@@ -227,13 +227,16 @@ def test_empty_masks_and_no_faces_leave_the_diffusion_loss(shop: stage.Workshop)
 
 
 def test_faces_alone_decode_windows_and_agree_with_whole_pictures(shop: stage.Workshop) -> None:
-    """But for the norms of the decoder, which in a window see the face and its margin only."""
-    batch = batch_of(shop)
-    found = [
-        losses(shop, ObjectiveConfig(body=body), batch, [50] * 4)[0]["face"].item()
+    """But for the norms of the decoder, which in a window see the face and its margin only: they
+    move single pictures as much as a window out of place, so eight batches are summed."""
+    whole, windows = (
+        sum(
+            losses(shop, ObjectiveConfig(body=body), shop.people.draw(0, 4, k), [50] * 4)[0]["face"]
+            for k in range(8)
+        )
         for body in (0.2, 0.0)
-    ]
-    assert found[0] == pytest.approx(found[1], rel=0.05) and found[0] > 1e-4
+    )
+    assert float(whole) == pytest.approx(float(windows), rel=0.1) and float(whole) > 1e-3
 
 
 def test_terms_vanish_where_the_prediction_is_right(shop: stage.Workshop) -> None:
