@@ -27,6 +27,7 @@ from training.evaluation.protocol import draw_trial
 from training.evaluation.rows import ROWS as METHODS
 from training.evaluation.sheet import to_image
 from training.evaluation.stage import check_inputs, check_rows, run
+from training.portraits import parse_prompt
 
 SMALL = [
     "run.device=cpu", "eval.people=2", "eval.prompts=2", "eval.references=2", "eval.paint_steps=2",
@@ -109,7 +110,8 @@ def test_portraits_of_the_held_out_prompts_are_painted_without_loras(
 
 def test_drawings_beside_the_portraits_follow_their_prompts() -> None:
     ending = "of a person facing the camera, on a red background"
-    grey, coloured = drawings_of([f"a black and white photo {ending}", f"a photo {ending}"], 3)
+    prompts = [f"a black and white photo {ending}", f"a photo {ending}"]
+    grey, coloured = drawings_of([parse_prompt(prompt) for prompt in prompts], 3)
     assert torch.equal(grey[0], grey[2])
     red, green, blue = coloured[:, 4, 4]  # a corner: background
     assert red > 1.5 * max(green, blue)

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import logging
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from training.base.models import Vae
 from training.base.painter import Painter
 from training.base.pool import decode_latents, encode_images
 from training.config import Config
-from training.portraits import ATTRIBUTES, parse_prompt, render, sample_scenes
+from training.portraits import ATTRIBUTES, render, sample_scenes
 from training.run_folder import RunFolder
 
 from .protocol import draw_trial
@@ -43,28 +42,22 @@ def run(config: Config, folder: RunFolder) -> None:
     painted = painter.paint(
         trial.prompts, seeds, steps=settings.paint_steps, guidance=settings.guidance
     )
-    drawn = through_autoencoder(painter.vae, drawings_of(trial.prompts, settings.seed))
+    drawings = drawings_of(trial.wanted, settings.seed).to(painter.device)
+    drawn = decode_latents(painter.vae, encode_images(painter.vae, drawings))
     for name, pictures in {"portraits": painted, "drawn": drawn}.items():
         path = folder.path / f"{name}.png"
         captioned(pictures, trial.prompts).save(path)
         logger.info("%d %s: %s", len(pictures), name, path)
 
 
-def drawings_of(prompts: Sequence[str], seed: int) -> Tensor:
-    """The renderer's picture of somebody for each prompt, [N, 3, 128, 128] in 0..1."""
+def drawings_of(wanted: Sequence[Mapping[str, int]], seed: int) -> Tensor:
+    """The renderer's picture of somebody for what each prompt asks, [N, 3, 128, 128] in 0..1."""
     pictures = []
-    for number, prompt in enumerate(prompts):
-        asked = parse_prompt(prompt)
-        fixed = {name: tuple(ATTRIBUTES[name])[index] for name, index in asked.items()}
+    for number, asked in enumerate(wanted):
+        fixed = {name: ATTRIBUTES[name][index] for name, index in asked.items()}
         generator = torch.Generator().manual_seed(1000 * seed + number)
         pictures.append(render(sample_scenes(1, generator, fixed=fixed)).images)
     return torch.cat(pictures)
-
-
-def through_autoencoder(vae: Vae, pictures: Tensor) -> Tensor:
-    """What the autoencoder keeps of pictures [N, 3, H, W] in 0..1."""
-    device = next(vae.parameters()).device
-    return decode_latents(vae, encode_images(vae, pictures.to(device))).cpu()
 
 
 def captioned(pictures: Tensor, captions: Sequence[str]) -> Image.Image:
