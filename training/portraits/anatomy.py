@@ -90,9 +90,9 @@ def measure(identity: Tensor) -> Anatomy:
         hair_volume=factor("hair_volume"),
         hairline=-height * (0.78 - 0.5 * factor("fringe")),
         fringe=factor("fringe"),
-        eye_x=8.2 + 3.6 * factor("eye_spacing"),
+        eye_x=8.6 + 3.4 * factor("eye_spacing"),
         eye_y=-2.0 + 0 * height,
-        eye_size=0.78 + 0.5 * factor("eye_size"),
+        eye_size=0.95 + 0.45 * factor("eye_size"),
         eye_tilt=0.3 * (factor("eye_tilt") - 0.5),
         brow_y=6.6 + 2.8 * factor("brow_height"),
         brow_thickness=0.75 + 1.25 * factor("brow_thickness"),
@@ -149,4 +149,4 @@ class Pose:
 
     def turned(self, u: Tensor | float, depth: float = 1.0) -> Tensor:
         """Horizontal place of a feature at u once the head has turned; depth = how far in front."""
-        return u * (1 - 0.16 * self.yaw.abs()) + 5.0 * depth * self.yaw
+        return u * (1 - 0.16 * self.yaw.abs()) + 4.0 * depth * self.yaw

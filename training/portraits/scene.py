@@ -183,7 +183,7 @@ def _geometry(
     for people, places in ARRANGEMENTS.items():
         table[people, : len(places)] = torch.tensor(places)
     place = table[count][:, :slots]
-    zoom = torch.tensor([1.0, 1.32, 0.8])[drawn["framing"]]
+    zoom = torch.tensor([1.2, 1.45, 1.0])[drawn["framing"]]
     zoom = torch.where(count > 1, zoom.clamp(0.85, 1.1), zoom)[:, None]
     pose = drawn["pose"][:, :slots]
     turn = (pose == 2).float() - (pose == 1).float()

@@ -143,16 +143,16 @@ def draw_accessory(
 
 
 def _lenses(u: Tensor, v: Tensor, who: Anatomy, pose: Pose) -> Tensor:
-    left = box(u - pose.turned(-who.eye_x), v - who.eye_y, 7.4, 5.8, 4.2)
-    right = box(u - pose.turned(who.eye_x), v - who.eye_y, 7.4, 5.8, 4.2)
+    left = box(u - pose.turned(-who.eye_x), v - who.eye_y, 8.2, 6.4, 4.6)
+    right = box(u - pose.turned(who.eye_x), v - who.eye_y, 8.2, 6.4, 4.6)
     return torch.minimum(left, right)
 
 
 def _frame(u: Tensor, v: Tensor, who: Anatomy, pose: Pose, lenses: Tensor) -> Tensor:
     side = (u - pose.turned(0.0)).abs()
     reach = who.eye_x * (1 - 0.16 * pose.yaw.abs())
-    bridge = torch.maximum((v - who.eye_y + 1.5).abs() - 0.7, side - reach + 6.4)
-    temples = torch.maximum((v - who.eye_y + 2).abs() - 0.7, reach + 6.4 - side)
+    bridge = torch.maximum((v - who.eye_y + 1.5).abs() - 0.7, side - reach + 7.2)
+    temples = torch.maximum((v - who.eye_y + 2).abs() - 0.7, reach + 7.2 - side)
     temples = torch.maximum(temples, u.abs() - who.width - 0.5)
     return torch.minimum(lenses.abs() - 0.85, torch.minimum(bridge, temples))
 
@@ -172,7 +172,7 @@ def _sunglasses(c: Canvas, pose: Pose, who: Anatomy, colour: Tensor) -> Tensor:
     lenses = _lenses(u, v, who, pose)
     px = c.pixel * pose.scale
     glass = cover(lenses, px)
-    tint = 0.1 + 0.16 * ((v - who.eye_y + 6) / 12).clamp(0, 1)
+    tint = 0.01 + 0.05 * ((v - who.eye_y + 6) / 12).clamp(0, 1)
     c.paint(glass, tint.unsqueeze(1).expand(-1, 3, -1, -1))
     frame = cover(_frame(u, v, who, pose, lenses), px)
     c.paint(frame, colour * 0.35)
