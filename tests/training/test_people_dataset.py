@@ -189,6 +189,8 @@ def test_polygons_of_fewer_than_three_corners_are_no_area(
         ("instances.json", {"bbox": [1, 2, 3, "4"]}, "needs 4 numbers under bbox"),
         ("instances.json", {"area": "large"}, "entry 7 has area 'large'"),
         ("instances.json", {"image_id": None}, "entry 7 has image_id None"),
+        ("instances.json", {"id": [7]}, r"has id \[7\]"),
+        ("instances.json", {"category_id": [1]}, r"entry 7 has category_id \[1\]"),
         ("wholebody.json", {"face_kpts": [0.0] * 60}, "needs 204 numbers under face_kpts"),
         ("captions.json", {"caption": 3}, "has caption 3"),
         ("instances.json", {"segmentation": {"size": [9, 9], "counts": [81]}}, r"000\.png.*size"),
@@ -212,6 +214,7 @@ def test_broken_entries_are_named(
         ('{"images": [], "annotations": {}}', "no list 'annotations'"),
         ('{"images": [], "annotations": [], "categories": []}', "no category 'person'"),
         ('{"images": [{}], "annotations": [], "categories": [{"id": 1, "name": "person"}]}', "id"),
+        ('{"images": [], "annotations": [], "categories": [{"id": [1], "name": "person"}]}', "id"),
     ],
 )
 def test_broken_files_are_explained(tmp_path: Path, text: str, expected: str) -> None:

@@ -63,13 +63,13 @@ def _instances(
     path: Path, faces: Mapping[int, Face], found: Survey
 ) -> tuple[dict[int, dict[str, Any]], dict[int, list[Person]]]:
     data = _read(path, ("images", "annotations", "categories"))
-    wanted = {c.get("id") for c in data["categories"] if c.get("name") == PERSON}
+    wanted = {_entry(c, "id", int, path) for c in data["categories"] if c.get("name") == PERSON}
     if not wanted:
         raise BadAnnotations(f"{path.name} has no category {PERSON!r}.")
     images = {_entry(image, "id", int, path): image for image in data["images"]}
     people: dict[int, list[Person]] = {}
     for annotation in data["annotations"]:
-        if annotation.get("category_id") not in wanted:
+        if _entry(annotation, "category_id", int, path) not in wanted:
             continue
         number = _entry(annotation, "image_id", int, path)
         if number not in images:
@@ -92,7 +92,7 @@ def _person(
     if not (area > 0 and width > 0 and height > 0 and mask):
         found.left_out["people without area"] += 1
         return None
-    face = faces.get(annotation.get("id", -1))
+    face = faces.get(_entry(annotation, "id", int, path))
     return Person(
         box=(x, y, x + width, y + height),
         area=float(area),
