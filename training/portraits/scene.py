@@ -184,12 +184,12 @@ def _geometry(
         table[people, : len(places)] = torch.tensor(places)
     place = table[count][:, :slots]
     zoom = torch.tensor([1.2, 1.45, 1.0])[drawn["framing"]]
-    zoom = torch.where(count > 1, zoom.clamp(0.85, 1.1), zoom)[:, None]
+    zoom = torch.where(count > 1, zoom.clamp(max=1.1), zoom)[:, None]
     pose = drawn["pose"][:, :slots]
     turn = (pose == 2).float() - (pose == 1).float()
     lean = torch.sign(uniform(n, slots)) * (pose == 3)
     jitter = uniform(n, slots, 2) * torch.tensor([0.03, 0.025]) * place[..., 2:]
-    lower = (zoom - 1).clamp(min=0) * 0.16 - (1 - zoom).clamp(min=0) * 0.02
+    lower = (zoom - 1) * 0.16
     shift = torch.stack([torch.zeros(n, slots), lower.expand(n, slots)], -1)
     return {
         "position": place[..., :2] + jitter + shift,

@@ -21,6 +21,8 @@ ACCENTS = (
     (0.62, 0.45, 0.25),
 )
 GOLD = (0.93, 0.76, 0.25)
+#: half width, half height and corner radius of a lens, in units of the head
+LENS = (8.2, 6.4, 4.6)
 _KIND = {name: i for i, name in enumerate(CLOTHES)}
 _WORN = {name: i for i, name in enumerate(ACCESSORIES)}
 
@@ -143,16 +145,17 @@ def draw_accessory(
 
 
 def _lenses(u: Tensor, v: Tensor, who: Anatomy, pose: Pose) -> Tensor:
-    left = box(u - pose.turned(-who.eye_x), v - who.eye_y, 8.2, 6.4, 4.6)
-    right = box(u - pose.turned(who.eye_x), v - who.eye_y, 8.2, 6.4, 4.6)
+    left = box(u - pose.turned(-who.eye_x), v - who.eye_y, *LENS)
+    right = box(u - pose.turned(who.eye_x), v - who.eye_y, *LENS)
     return torch.minimum(left, right)
 
 
 def _frame(u: Tensor, v: Tensor, who: Anatomy, pose: Pose, lenses: Tensor) -> Tensor:
     side = (u - pose.turned(0.0)).abs()
     reach = who.eye_x * (1 - 0.16 * pose.yaw.abs())
-    bridge = torch.maximum((v - who.eye_y + 1.5).abs() - 0.7, side - reach + 7.2)
-    temples = torch.maximum((v - who.eye_y + 2).abs() - 0.7, reach + 7.2 - side)
+    edge = LENS[0] - 1.0  # bridge and temples reach a little into the rims
+    bridge = torch.maximum((v - who.eye_y + 1.5).abs() - 0.7, side - reach + edge)
+    temples = torch.maximum((v - who.eye_y + 2).abs() - 0.7, reach + edge - side)
     temples = torch.maximum(temples, u.abs() - who.width - 0.5)
     return torch.minimum(lenses.abs() - 0.85, torch.minimum(bridge, temples))
 
