@@ -81,7 +81,7 @@ def _eyeball(
     size = 2.75 * who.eye_size.sqrt()
     window.paint(white * cover(circle(u - gaze, v, size), pixel), who.iris * 0.7)
     window.paint(white * cover(circle(u - gaze, v, size * 0.78), pixel), who.iris)
-    window.paint(white * cover(circle(u - gaze, v, size * 0.42), pixel), who.iris * 0.08)
+    window.paint(white * cover(circle(u - gaze, v, size * 0.5), pixel), who.iris * 0.08)
     glint = white * cover(circle(u - gaze + 0.9, v + 1.0, 0.75), pixel)
     window.paint(glint, torch.ones_like(who.skin))
     lid = (almond.abs() - 0.62).maximum(v - 0.4 * tall)

@@ -18,6 +18,9 @@ ARRANGEMENTS: dict[int, tuple[tuple[float, float, float], ...]] = {
     2: ((0.29, 0.48, 0.66), (0.71, 0.48, 0.66)),
     3: ((0.185, 0.5, 0.46), (0.5, 0.47, 0.46), (0.815, 0.5, 0.46)),
 }
+#: scale of portrait, close-up and distance, of one person and of several
+ZOOM = (1.2, 1.45, 1.0)
+GROUP_ZOOM = (1.0, 1.1, 0.85)
 #: one combination of prompt attributes in this many is never trained on
 HELD_OUT_ONE_IN = 10
 
@@ -183,8 +186,8 @@ def _geometry(
     for people, places in ARRANGEMENTS.items():
         table[people, : len(places)] = torch.tensor(places)
     place = table[count][:, :slots]
-    zoom = torch.tensor([1.2, 1.45, 1.0])[drawn["framing"]]
-    zoom = torch.where(count > 1, zoom.clamp(max=1.1), zoom)[:, None]
+    zooms = torch.tensor([ZOOM, GROUP_ZOOM])
+    zoom = zooms[(count > 1).long(), drawn["framing"]][:, None]
     pose = drawn["pose"][:, :slots]
     turn = (pose == 2).float() - (pose == 1).float()
     lean = torch.sign(uniform(n, slots)) * (pose == 3)

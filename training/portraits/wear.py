@@ -157,7 +157,7 @@ def _frame(u: Tensor, v: Tensor, who: Anatomy, pose: Pose, lenses: Tensor) -> Te
     bridge = torch.maximum((v - who.eye_y + 1.5).abs() - 0.7, side - reach + edge)
     temples = torch.maximum((v - who.eye_y + 2).abs() - 0.7, reach + edge - side)
     temples = torch.maximum(temples, u.abs() - who.width - 0.5)
-    return torch.minimum(lenses.abs() - 0.85, torch.minimum(bridge, temples))
+    return torch.minimum(lenses.abs() - 1.1, torch.minimum(bridge, temples))
 
 
 def _glasses(c: Canvas, pose: Pose, who: Anatomy, colour: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def _glasses(c: Canvas, pose: Pose, who: Anatomy, colour: Tensor) -> Tensor:
     px = c.pixel * pose.scale
     c.paint(0.12 * cover(lenses, px), torch.ones_like(colour))
     shape = cover(_frame(u, v, who, pose, lenses), px)
-    c.paint(shape, colour * 0.7)
+    c.paint(shape, colour * 0.45)
     return shape
 
 
