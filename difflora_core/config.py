@@ -7,6 +7,7 @@ the full key and, for a typing slip, the nearest known key.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -90,7 +91,8 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
 
 def _convert_scalar(kind: type, value: Any, where: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        with contextlib.suppress(OverflowError):
+            return float(value)
     if kind is Path and isinstance(value, (str, Path)):
         return Path(value)
     if isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):

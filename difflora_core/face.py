@@ -118,7 +118,7 @@ class FaceEncoder:
             raise _unreadable(folder, error) from error
         if "recognition" not in analysis.models:
             raise _incomplete(folder, "a recogniser")
-        name = _with_training(analysis, name)
+        name = named_with_training(name, _training_of(analysis))
         setattr(analysis, _NAME, name)
         return cls(analysis, name)
 
@@ -144,8 +144,8 @@ class FaceEncoder:
                 hint="Use our Load Face Encoder, which loads detector and recogniser.",
             )
         folder = Path(str(getattr(analysis, "model_dir", "") or "insightface"))
-        own = getattr(analysis, _NAME, "") or _with_training(analysis, folder.name)
-        return cls(analysis, name or own)
+        name = name or getattr(analysis, _NAME, "")
+        return cls(analysis, name or named_with_training(folder.name, _training_of(analysis)))
 
     def faces(self, image: Pixels) -> list[Face]:
         """Every face of a picture [H, W, 3], uint8 RGB, from left to right; empty if none."""
@@ -236,12 +236,16 @@ def pack_folders(name: str) -> list[str]:
     return list(dict.fromkeys([name, name.partition("@")[0]]))
 
 
-def _with_training(analysis: Any, name: str) -> str:
-    """The pack's name with the training that its recogniser's file tells of, if it does."""
+def named_with_training(name: str, training: str) -> str:
+    """A pack's name with the training that its recogniser's file tells of, if it does."""
+    pack = name.partition("@")[0]
+    return f"{pack}@{training}" if training else pack
+
+
+def _training_of(analysis: Any) -> str:
     session = getattr(analysis.models["recognition"], "session", None)
     fields = session.get_modelmeta().custom_metadata_map if session is not None else {}
-    pack, training = name.partition("@")[0], fields.get(TRAINING_FIELD, "")
-    return f"{pack}@{training}" if training else pack
+    return fields.get(TRAINING_FIELD, "")
 
 
 def _numbered(faces: Sequence[AnyFace], number: int) -> AnyFace:

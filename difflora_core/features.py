@@ -134,7 +134,7 @@ class Features:
         notes = header_json(path, header, "photos", "[]")
         if not isinstance(notes, list):
             raise BadWeightsFile(f"The photo notes of {Path(path).name} are no list.")
-        rows = _rows(path, tensors)
+        rows = _rows(path, {name: tensor.float() for name, tensor in tensors.items()})
         names = header.get("face_encoder", ""), header.get("image_encoder", "")
         try:
             return cls(*rows, *names, tuple(from_dict(PhotoNote, note) for note in notes))
@@ -154,7 +154,7 @@ def _rows(
     rows = {tuple(part.shape[:1]) for part in [weights, *parts]}
     if any(part.ndim != 2 for part in parts) or weights.ndim != 1 or len(rows) != 1:
         raise BadWeightsFile(f"The tensors of {Path(path).name} do not belong together.")
-    return face, image, weights.float()
+    return face, image, weights
 
 
 def fuse(

@@ -143,7 +143,7 @@ def json_field(metadata: Mapping[str, str], name: str) -> dict:
     """A header field that holds a JSON object; {} where it is absent or is not one."""
     try:
         value = json.loads(metadata.get(name, "{}"))
-    except ValueError:
+    except (RecursionError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -161,7 +161,8 @@ def _matrix(parts: Parts, role: str) -> Tensor:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    # torch promotes no type of 8 bits
+    return tensor.to(torch.float64 if tensor.dtype == torch.float64 else torch.float32)
 
 
 _MAKERS = {"lora": _lora, "full": _full, "loha": _loha, "lokr": _lokr}

@@ -102,7 +102,10 @@ class ConfiguredScales:
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float can be
+        return False
 
 
 def _by_pattern(patterns: object, path: str, default: object) -> Any:

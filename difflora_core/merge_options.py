@@ -67,7 +67,10 @@ def parse_sweep(text: str) -> list[float]:
             f"{text!r} is no sweep: it needs 2 to {MAX_SWEEP} weights, from less to more.",
             hint="For one total weight there is --total.",
         )
-    return [low + (high - low) * step / (steps - 1) for step in range(steps)]
+    totals = [low + (high - low) * step / (steps - 1) for step in range(steps)]
+    if len(set(totals)) < steps:
+        raise BadConfig(f"{text!r} is no sweep: its ends are too close to each other.")
+    return totals
 
 
 def distinct(titles: Sequence[str]) -> list[str]:
@@ -102,7 +105,7 @@ def _json_pairs(text: str) -> list[tuple[str, object]]:
 
 
 def _number(what: str, value: object) -> float:
-    with contextlib.suppress(TypeError, ValueError):
+    with contextlib.suppress(OverflowError, TypeError, ValueError):
         if math.isfinite(number := float(value)):  # type: ignore[arg-type]
             return number
     raise BadConfig(f"The {what} is no number: {value!r}.")

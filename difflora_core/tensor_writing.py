@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -69,6 +70,8 @@ def write_tensors(
     path = Path(path)
     if path.suffix != ".safetensors":
         raise BadWeightsFile(f"{path.name} must end in .safetensors.")
+    if "\0" in str(path):
+        raise BadWeightsFile(f"{path.name!r} is no file name.", hint="Choose another name.")
     _refuse_existing(path, overwrite)
     fields = {str(name): str(value) for name, value in metadata.items()}
     with refusals(path, BadWeightsFile), whole_file(path) as file:
@@ -114,7 +117,7 @@ def _write_weights(
 
 
 def _refuse_existing(path: Path, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
+    if os.path.exists(path) and not overwrite:  # unlike Path.exists, takes a name of any length
         raise BadWeightsFile(
             f"{path} exists already.", hint="Choose another name, or ask for it to be overwritten."
         )

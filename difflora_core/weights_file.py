@@ -59,7 +59,7 @@ def header_json(path: str | Path, header: Mapping[str, str], key: str, default: 
     """What a header keeps as JSON under `key`. Raises BadWeightsFile where it is damaged."""
     try:
         return json.loads(header.get(key, default))
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise BadWeightsFile(
             f"The header of {Path(path).name} is damaged: its {key} breaks off or is no JSON.",
             hint="Get the file again from where it came from.",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..difflora_core.errors import BadWeightsFile, DiffLoRAError, LayoutMismatch
-from ..difflora_core.face import FaceEncoder, find_pack
+from ..difflora_core.face import FaceEncoder, find_pack, named_with_training
 from ..difflora_core.features import Features
 from ..difflora_core.mask_aware.decoders import FastDecoder
 from ..difflora_core.mask_aware.networks import FaceNetwork, open_face_network
@@ -53,7 +53,8 @@ def guiding_faces(
             hint="Connect a face encoder, for example from Load Face Encoder.",
         )
     if mask is not None:
-        return GuidingFaces(name, network_of_pack(name), None)
+        network = network_of_pack(name)
+        return GuidingFaces(named_with_training(name, network.training_name), network, None)
     return guiding_faces(loaders.open_face_encoder(name).analysis, features, mask)
 
 

@@ -194,7 +194,12 @@ def number_list(text: str) -> list[float]:
 
 
 def numbered_path(folder: Path, prefix: str) -> Path:
-    """The next free `PREFIX_00001_.safetensors` in a folder, counted as Save Image counts."""
+    """The next free `PREFIX_00001_.safetensors` in a folder, counted as Save Image counts.
+
+    Errors: BadWeightsFile.
+    """
+    if not Path(prefix).name.strip():
+        raise BadWeightsFile(f"{prefix!r} names no file.", hint="Type a name, such as person.")
     place, name, counter, _subfolder, _prefix = folder_paths.get_save_image_path(
         prefix, str(folder)
     )

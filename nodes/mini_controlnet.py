@@ -40,7 +40,7 @@ def load_controlnet(path: Path) -> comfy.controlnet.ControlNet:
     hint = tensors.get(_HINT)
     control = comfy.cldm.cldm.ControlNet(
         **config,
-        hint_channels=3 if hint is None else hint.shape[1],
+        hint_channels=hint.shape[1] if hint is not None and hint.ndim == 4 else 3,
         device=comfy.model_management.unet_offload_device(),
         operations=comfy.ops.disable_weight_init,
     )

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..errors import BadConfig, BadWeightsFile
+from ..errors import BadConfig, BadImage
 from ..merge_options import distinct
 from ..merge_reports import describe_compared
-from ..shell import open_input, progress_line
+from ..shell import check_free, open_input, progress_line
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -27,15 +31,15 @@ def run(args: argparse.Namespace) -> dict:
     if len(args.files) < 2:
         raise BadConfig("One LoRA alone cannot be compared.", hint="Name two files or more.")
     if args.picture:
-        _check_picture(args.picture, args.overwrite)
+        known = args.picture.suffix.lower() in PICTURES
+        check_free(args.picture, args.overwrite, args.picture.suffix if known else PICTURES[0])
     loras = [open_input(path).lora for path in args.files]
     titles = distinct([path.stem for path in args.files])
     with progress_line("comparing") as progress:
         comparison = compare(loras, titles, progress)
     report = {"files": [path.name for path in args.files], **comparison.report()}
     if args.picture:
-        args.picture.parent.mkdir(parents=True, exist_ok=True)
-        heat_map(comparison).save(args.picture)
+        _save(heat_map(comparison), args.picture)
         report["picture"] = str(args.picture)
     return report
 
@@ -44,8 +48,11 @@ def describe(report: dict) -> str:
     return describe_compared(report)
 
 
-def _check_picture(path: Path, overwrite: bool) -> None:
-    if path.suffix.lower() not in PICTURES:
-        raise BadWeightsFile(f"{path.name} is no name of a picture.", hint="Let it end in .png.")
-    if path.exists() and not overwrite:
-        raise BadWeightsFile(f"{path} exists already.", hint="Choose another name or --overwrite.")
+def _save(picture: Image.Image, path: Path) -> None:
+    """Whole or not at all. Errors: BadImage."""
+    from PIL import Image
+
+    from ..whole_file import refusals, whole_file
+
+    with refusals(path, BadImage), whole_file(path) as file:
+        picture.save(file, Image.registered_extensions()[path.suffix.lower()])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import BadConfig
 from ..merge_options import blocks_for, distinct, parse_sweep, weights_for
 from ..merge_reports import describe_merged
 from ..shell import check_free, open_input, progress_line
@@ -52,7 +54,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> dict:
     settings = _settings(args)
     totals = parse_sweep(args.sweep) if args.sweep else [args.total]
-    paths = [_swept(args.out, total) for total in totals] if args.sweep else [args.out]
+    paths = _swept(args.out, totals) if args.sweep else [args.out]
     for path in paths:
         check_free(path, args.overwrite)
     inputs = _inputs(args)
@@ -97,14 +99,21 @@ def _inputs(args: argparse.Namespace) -> list[MergeInput]:
 
 def _typed_or_stored(text: str) -> str:
     """Block factors as typed, or the content of the file of that name."""
-    path = Path(text)
-    if "=" in text or not path.is_file():
+    if "=" in text or not os.path.isfile(text):  # unlike Path.is_file, false for a long JSON
         return text
-    return path.read_text(encoding="utf-8")
+    try:
+        return Path(text).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadConfig(
+            f"{text} cannot be read as text: {error}.", hint="Write the factors as UTF-8 text."
+        ) from error
 
 
-def _swept(out: Path, total: float) -> Path:
-    return out.with_name(f"{out.stem}_{total:.3g}{out.suffix}")
+def _swept(out: Path, totals: Sequence[float]) -> list[Path]:
+    """One name per total weight, with as many digits as tell them apart."""
+    names = [[f"{total:.{digits}g}" for total in totals] for digits in range(3, 18)]
+    apart = next(texts for texts in names if len(set(texts)) == len(totals))
+    return [out.with_name(f"{out.stem}_{text}{out.suffix}") for text in apart]
 
 
 def _merge_to(

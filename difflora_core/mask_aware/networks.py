@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import BadWeightsFile
+from ..face import TRAINING_FIELD
 from ..face_crop import TEMPLATE_SIZE, align
 from ..recogniser import IResNet, Recogniser
 from ..tensor_file import is_finite
@@ -39,7 +40,9 @@ class FaceActivations(NamedTuple):
 class FaceNetwork(nn.Module):
     """A recogniser whose stages can be compared; frozen, in float32."""
 
-    def __init__(self, name: str, trunk: nn.Module, *, takes_bytes: bool = False) -> None:
+    def __init__(
+        self, name: str, trunk: nn.Module, *, takes_bytes: bool = False, training: str = ""
+    ) -> None:
         """trunk: normalised crops -> an iterator over the tensors through which all information
         passes, the raw embedding [N, D] last. It takes 0..255, or -1..1 as ArcFace was trained.
 
@@ -47,6 +50,7 @@ class FaceNetwork(nn.Module):
         """
         super().__init__()
         self.name, self.size = name, TEMPLATE_SIZE
+        self.training_name = training
         self.scale, self.shift = (255.0, 0.0) if takes_bytes else (2.0, -1.0)
         self.trunk = trunk.float().eval().requires_grad_(False)
         self.batched = self._checked()
@@ -141,7 +145,10 @@ def open_face_network(path: str | Path) -> FaceNetwork:
             return FaceNetwork(name, as_chain(recogniser.network))
         if path.suffix == ".onnx":
             network = read_onnx(path, RECOGNISER)
-            return FaceNetwork(path.stem, network, takes_bytes=network.takes_bytes)
+            training = network.fields.get(TRAINING_FIELD, "")
+            return FaceNetwork(
+                path.stem, network, takes_bytes=network.takes_bytes, training=training
+            )
     raise BadWeightsFile(
         f"{path.name} is no face recogniser: expected a .safetensors or .onnx file.",
         hint=RECOGNISER.hint,

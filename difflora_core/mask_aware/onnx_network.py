@@ -75,6 +75,7 @@ class OnnxNetwork(nn.Module):
 
     Whole and single numbers stay on the CPU, where shapes and limits are read from them.
     `takes_bytes`: it is fed 0..255 and normalises that itself, as files made by MXNet do.
+    `fields`: what the file tells beside the graph.
     """
 
     def __init__(
@@ -84,10 +85,12 @@ class OnnxNetwork(nn.Module):
         picture: str,
         result: str,
         takes_bytes: bool,
+        fields: Mapping[str, str],
     ) -> None:
         super().__init__()
         self.picture = picture
         self.takes_bytes = takes_bytes
+        self.fields = fields
         self.steps = _with_last_uses(steps, picture, result)
         used = dict.fromkeys(name for step in self.steps for name in step.inputs)
         own = {name: constants[name] for name in used if name in constants}
@@ -136,7 +139,8 @@ def read_onnx(path: Path, kind: Kind) -> OnnxNetwork:
 
     Errors: BadWeightsFile when it is broken or no such network; DiffLoRAError without onnx.
     """
-    graph = _load(path).graph
+    model = _load(path)
+    graph = model.graph
     picture, result = _ends(path, graph, kind)
     _check_operations(path, graph, kind)
     try:
@@ -144,7 +148,8 @@ def read_onnx(path: Path, kind: Kind) -> OnnxNetwork:
     except MISFITS as error:
         raise BadWeightsFile(f"{path.name} has a broken part: {error}.", hint=AGAIN) from error
     _check_values(path, steps, constants, picture, result)
-    return OnnxNetwork(steps, constants, picture, result, _takes_bytes(graph, kind))
+    fields = {entry.key: entry.value for entry in model.metadata_props}
+    return OnnxNetwork(steps, constants, picture, result, _takes_bytes(graph, kind), fields)
 
 
 def _takes_bytes(graph: Any, kind: Kind) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import BadLoraFile
 from ..lora import Lora
 from .blocks import block_of
 from .inputs import check_shapes, common_base
@@ -90,11 +91,16 @@ def compare(
 ) -> Comparison:
     """Compare LoRAs of one base model; reads lazy ones layer by layer.
 
-    Raises LayoutMismatch for LoRAs that do not fit each other.
+    Raises LayoutMismatch for LoRAs that do not fit each other, BadLoraFile for LoRAs without
+    layers.
     """
     common_base(loras, titles)
     check_shapes(loras, titles)
     names = list(dict.fromkeys(name for lora in loras for name in lora.outline))
+    if not names:
+        raise BadLoraFile(
+            "These LoRAs change biases and norms only.", hint="Compare LoRAs that change matrices."
+        )
     sums: dict[str, _Sums] = {}
     for done, name in enumerate(names, start=1):
         block = sums.setdefault(block_of(name), _Sums.none(len(loras)))

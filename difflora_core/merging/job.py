@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import BadLoraFile
 from ..lora import LayerOutline, LoraLayer
+from ..tensor_file import is_finite
 from .blocks import block_of
 from .certificate import Certificate, certify
 from .inputs import MergeInput, MergeSettings, block_factor
@@ -90,7 +91,7 @@ class Job:
                 if name in merged and merged[name].shape != share.shape:
                     raise BadLoraFile(f"{name} has different shapes in two of the LoRAs.")
                 merged[name] = merged[name] + share if name in merged else share
-        return {name: offset.to(self.settings.dtype) for name, offset in merged.items()}
+        return {name: self._rounded(name, offset) for name, offset in merged.items()}
 
     def _ranks_within_size(self) -> dict[str, int] | None:
         """Ranks of all layers for a limit of size, which needs all singular values first."""
@@ -142,7 +143,16 @@ class Job:
             weights.append([self.weights[name][i] for i in present])
         return Batch.of(layers, weights, self.device)
 
-    def _merged(self, batch: Batch, rules: Sequence[RankRule]) -> Iterator[Truncated]:
+    def _merged(self, batch: Batch, rules: Sequence[RankRule]) -> list[Truncated]:
+        try:
+            return list(self._merge(batch, rules))
+        except torch.linalg.LinAlgError as error:  # squares of what is still finite are not
+            raise BadLoraFile(
+                "The LoRAs hold numbers that are too big to be merged.",
+                hint="Smaller weights help, unless one of the files is damaged.",
+            ) from error
+
+    def _merge(self, batch: Batch, rules: Sequence[RankRule]) -> Iterator[Truncated]:
         method, dtype = METHODS[self.settings.method], self.settings.dtype
         if method.shares and not rules[0].exact:
             shares = [method.shares(stack) for stack in batch.stacks()]
@@ -161,9 +171,20 @@ class Job:
 
     def _layer(self, name: str, down: Tensor, up: Tensor, certificate: Certificate) -> Result:
         shape = self.outlines[name].weight_shape
-        down = down.reshape(-1, *shape[1:]).cpu()
-        up = up.reshape(shape[0], -1, *(1,) * (len(shape) - 2)).cpu()
+        down = self._rounded(name, down).reshape(-1, *shape[1:]).cpu()
+        up = self._rounded(name, up).reshape(shape[0], -1, *(1,) * (len(shape) - 2)).cpu()
         return LoraLayer(name, down.contiguous(), up.contiguous()), certificate
+
+    def _rounded(self, name: str, result: Tensor) -> Tensor:
+        """In the precision asked for. Errors: BadLoraFile where it does not fit."""
+        rounded = result.to(self.settings.dtype)
+        if is_finite(rounded):
+            return rounded
+        raise BadLoraFile(
+            f"The result for {name} is not finite in "
+            f"{str(self.settings.dtype).removeprefix('torch.')}.",
+            hint="Smaller weights help; what is too big for 16 bits may fit into float32.",
+        )
 
 
 def limited(

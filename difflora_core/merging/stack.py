@@ -54,6 +54,12 @@ class Stack:
         """[out, in]; kernels count as one row per output channel."""
         return self.up.shape[0], self.down.shape[1]
 
+    @property
+    def is_zero(self) -> bool:
+        """Whether no input changes anything here."""
+        parts = zip(self.ups, self.downs, self.weights, strict=True)
+        return not any(weight and up.any() and down.any() for up, down, weight in parts)
+
     def weighted_sum(self, weights: Sequence[float] | None = None) -> Product:
         """sum_i w_i D_i, exactly, as one product of rank sum r_i."""
         per_column = _per_column(self.weights if weights is None else weights, self.ranks)

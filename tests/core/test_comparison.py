@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
+from difflora_core.errors import BadLoraFile
 from difflora_core.lora import Lora, LoraLayer
 from difflora_core.merging import (
     MergeInput,
@@ -28,6 +30,13 @@ def projection(matrix: Tensor) -> Tensor:
     u, sigma, _ = torch.linalg.svd(matrix, full_matrices=False)
     u = u[:, sigma > 1e-9 * sigma[0]]
     return u @ u.T
+
+
+def test_loras_without_layers_are_refused() -> None:
+    offsets = {"unet.conv_in.bias": torch.ones(32)}
+    loras = [Lora({}, offsets=offsets), Lora({}, offsets=offsets)]
+    with pytest.raises(BadLoraFile, match="biases and norms only"):
+        compare(loras, ["a", "b"])
 
 
 def test_figures_equal_the_dense_ones() -> None:

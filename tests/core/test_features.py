@@ -78,6 +78,9 @@ def test_saved_features_come_back(tmp_path):
     assert torch.equal(loaded.weights, features.weights)
     assert loaded.photos == features.photos and loaded.face_encoder == "pack"
     assert str(tmp_path).encode() not in path.read_bytes()
+    small = {"face": features.face.to(torch.float8_e4m3fn), "weights": features.weights}
+    write_safetensors(tmp_path / "small.safetensors", small, {"format": "difflora-features"})
+    assert Features.load(tmp_path / "small.safetensors").face.isfinite().all()
     with pytest.raises(BadWeightsFile, match="exists"):
         features.save(path)
 
@@ -112,6 +115,9 @@ def test_features_that_do_not_belong_together(tmp_path, damage):
     write_safetensors(path, {**tensors, **damage}, header, overwrite=True)
     with pytest.raises(BadWeightsFile, match="do not belong together"):
         Features.load(path)
+    write_safetensors(path, tensors, {**header, "photos": "[" * 100_000}, overwrite=True)
+    with pytest.raises(BadWeightsFile, match="header of .* is damaged"):
+        Features.load(path)
     write_safetensors(path, tensors, {**header, "photos": "5"}, overwrite=True)
     with pytest.raises(BadWeightsFile, match=r"photo notes of .* are no list"):
         Features.load(path)
@@ -126,6 +132,7 @@ def test_features_that_do_not_belong_together(tmp_path, damage):
         ({"weights": torch.zeros(2)}, None, "not all of them 0"),
         ({"face": torch.full((2, 64), torch.nan)}, None, "face embedding holds numbers"),
         ({}, '[{"size": 1}]', "Unknown key size"),
+        ({}, f'[{{"number": 1, "weight": {10**400}}}]', "weight must be float"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path, damage, notes, sentence):

@@ -86,12 +86,31 @@ def test_alpha_patterns_of_peft() -> None:
     assert scales.scale(Q_NAME, 4) == 8.0
     assert scales.scale(Q_NAME.replace("to_q", "to_k"), 4) == 2.0
     assert ConfiguredScales({}, {"lora_alpha": None}).scale(Q_NAME, 4) is None
+    assert ConfiguredScales({}, {"lora_alpha": 10**400, "r": 4}).scale(Q_NAME, 4) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
 def test_small_number_types(dtype: torch.dtype) -> None:
     tensors = {key: tensor.to(dtype) for key, tensor in pair().items()}
     expected = tensors[f"{Q}.lora_up.weight"].float() @ tensors[f"{Q}.lora_down.weight"].float()
+    torch.testing.assert_close(only_layer(read_lora_tensors(tensors)).delta(), expected)
+
+
+KINDS_OF_FACTORS = {
+    "loha": dict.fromkeys(("hada_w1_a", "hada_w2_a"), (64, 4))
+    | dict.fromkeys(("hada_w1_b", "hada_w2_b"), (4, 64)),
+    "lokr": {"lokr_w1": (8, 8), "lokr_w2": (8, 8)},
+    "lokr of factors": {"lokr_w1": (8, 8), "lokr_w2_a": (8, 2), "lokr_w2_b": (2, 8)},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_FACTORS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_small_number_types_of_other_kinds(kind: str, dtype: torch.dtype) -> None:
+    shapes = KINDS_OF_FACTORS[kind]
+    tensors = {f"{Q}.{role}": torch.randn(shape).to(dtype) for role, shape in shapes.items()}
+    wide = {key: tensor.float() for key, tensor in tensors.items()}
+    expected = only_layer(read_lora_tensors(wide)).delta()
     torch.testing.assert_close(only_layer(read_lora_tensors(tensors)).delta(), expected)
 
 

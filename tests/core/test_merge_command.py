@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 
 from difflora_core.__main__ import main
 from difflora_core.header import LoraHeader
-from difflora_core.merging import METHODS
+from difflora_core.merging import METHODS, block_of
 from difflora_core.weights_file import lora_to_kohya, read_lora, write_lora
 from tests.core.lora_samples import attention_lora
 
@@ -125,6 +126,14 @@ def test_sweep_writes_a_file_per_total(files: list[str], tmp_path: Path, capsys)
     assert all(relative(3 * low[name], high[name]) < 1e-5 for name in low)
 
 
+def test_sweep_names_close_totals_apart(files: list[str], tmp_path: Path, capsys) -> None:
+    out = str(tmp_path / "both.safetensors")
+    report = done(["merge", *files, "--sweep", "0.999:1.001:5", "--out", out], capsys)
+    names = [Path(entry["file"]).stem for entry in report["sweep"]]
+    assert names == ["both_0.999", "both_0.9995", "both_1", "both_1.0005", "both_1.001"]
+    assert len(list(tmp_path.glob("both_*"))) == 5
+
+
 def test_sweep_checks_all_names_first(files: list[str], tmp_path: Path, capsys) -> None:
     (tmp_path / "both_1.5.safetensors").touch()
     out = str(tmp_path / "both.safetensors")
@@ -159,6 +168,18 @@ def test_compare_draws_and_counts(files: list[str], tmp_path: Path, capsys) -> N
         assert min(image.size) > 100
     text = refused(["compare", *files, "--picture", str(picture)], capsys)
     assert "exists already" in text
+
+
+@pytest.mark.parametrize("name", ["file/map.png", "folder.png", "map.txt"])
+def test_pictures_that_cannot_be_written_are_explained(
+    name: str, files: list[str], tmp_path: Path, capsys
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    before = set(tmp_path.rglob("*"))
+    arguments = ["compare", *files, "--picture", str(tmp_path / name), "--overwrite"]
+    assert re.search("not a folder|could not be written|end in .png", refused(arguments, capsys))
+    assert set(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("command", ["merge", "resize", "compare"])
@@ -237,6 +258,20 @@ def test_damaged_files_end_with_a_sentence_or_a_right_result(
     assert not list(tmp_path.glob(".*"))
     if out.exists():
         assert code == 0 and all(torch.isfinite(delta).all() for delta in deltas(out).values())
+
+
+def test_factors_of_many_blocks_as_json(files: list[str], tmp_path: Path, capsys) -> None:
+    factors = json.dumps({"unet.mid_block": 0, "unet.up_blocks.0": 0.5}, indent=200)
+    assert len(factors) > 255
+    out = str(tmp_path / "out.safetensors")
+    done(["merge", *files[:1], "--blocks", factors, "--out", out, "--dtype", "fp32"], capsys)
+    whole, result = deltas(files[0]), deltas(out)
+    for name, delta in result.items():
+        factor = {"unet.mid": 0.0, "unet.up_blocks.0": 0.5}.get(block_of(name), 1.0)
+        torch.testing.assert_close(delta, factor * whole[name])
+    (tmp_path / "factors").write_bytes(b"\xff\xfe")
+    stored = [str(tmp_path / "factors"), "-"]
+    assert "as text" in refused(["merge", *files[:2], "--blocks", *stored, "--out", out], capsys)
 
 
 def test_one_file_cannot_be_compared(files: list[str], capsys) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from difflora_core.errors import BadLoraFile
 from difflora_core.lora import Lora, LoraLayer
 from difflora_core.merging import (
     METHODS,
@@ -182,6 +184,37 @@ def test_layers_of_one_lora_only_and_of_zeros(method: str) -> None:
             expected = share * dense(a.layers[name])
             assert distance(dense(merged.lora.layers[name]), expected) < 1e-5
     assert any("in one LoRA only" in warning for warning in merged.report["warnings"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rank", [None, 2])
+def test_layers_that_no_input_changes_stay_as_they_are(method: str, rank: int | None) -> None:
+    loras = [random_lora(1), random_lora(2)]
+    first = loras[0].layers[NAMES[0]]
+    zero = replace(first, up=torch.zeros_like(first.up))
+    loras = [Lora(lora.layers | {zero.name: zero}, naming=FOREIGN) for lora in loras]
+    rule = RankRule(rank=None if method == "concat" else rank)
+    merged = merge(inputs_of(loras), MergeSettings(method, rule))
+    deltas = {layer.name: dense(layer) for layer in merged.lora}
+    assert list(deltas) == NAMES and all(bool(delta.isfinite().all()) for delta in deltas.values())
+    assert [name for name, delta in deltas.items() if not delta.any()] == [NAMES[0]]
+
+
+@pytest.mark.parametrize("size", [1e13, 1e30, 1e38])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("rank", [None, 2])
+def test_results_too_big_for_their_precision_are_refused(
+    method: str, size: float, rank: int | None
+) -> None:
+    loras = [random_lora(1), random_lora(2)]
+    loras = [
+        Lora({n: replace(x, up=x.up * size) for n, x in lora.layers.items()}, naming=FOREIGN)
+        for lora in loras
+    ]
+    rule = RankRule(rank=None if method == "concat" else rank)
+    settings = MergeSettings(method, rule, dtype=torch.float16)
+    with pytest.raises(BadLoraFile, match=r"is not finite in float16|too big to be merged"):
+        merge(inputs_of(loras), settings)
 
 
 @pytest.mark.parametrize("rank", [None, 2])

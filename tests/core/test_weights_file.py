@@ -136,6 +136,13 @@ def test_values_too_big_for_half_precision_are_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("name", "says"), [("x" * 300, "too long"), ("a\0b", "no file name")])
+def test_names_that_no_disk_takes_are_explained(name: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(BadWeightsFile, match=says):
+        write_lora(attention_lora("mini"), tmp_path / f"{name}.safetensors", HEADER)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_nothing_is_overwritten_unless_told(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     write_lora(attention_lora("mini"), path, HEADER)

@@ -141,6 +141,12 @@ def test_a_pack_without_a_recogniser_is_explained(host: Host, shipped_world: Pat
         shutil.rmtree(folder)
 
 
+def test_features_of_another_training_are_refused_with_a_mask(host: Host, pack: str) -> None:
+    more = guidance(face_encoder=None, mask=["mask", 0]) | MASK
+    more["person"] = node("TestPerson", encoder=f"{pack}@another", seed=0)
+    refused(host, more, f"come from the face encoder {pack}@another; the one that guides is {pack}")
+
+
 def test_width_of_features_is_checked(host: Host, shipped_world: Path) -> None:
     """The stand-in's features are as long as the random world's recogniser, not as this one's."""
     refused(host, guidance(), f"have {FACE_WIDTH} numbers per face; the network that guides gives")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..stack import Options, Product, Stack
@@ -35,6 +36,8 @@ class Method:
     def exact(self, stack: Stack, options: Options) -> Exact:
         if self.shares:
             return stack.weighted_sum(self.shares(stack))
+        if stack.is_zero:  # nothing to trim, to vote on or to divide by
+            return torch.zeros_like(stack.up[:, :1]), torch.zeros_like(stack.down[:1])
         assert self.merge  # a method has one or the other
         return self.merge(stack, options)
 
