@@ -116,7 +116,7 @@ def test_features_that_do_not_belong_together(tmp_path, damage):
     with pytest.raises(BadWeightsFile, match="do not belong together"):
         Features.load(path)
     write_safetensors(path, tensors, {**header, "photos": "[" * 100_000}, overwrite=True)
-    with pytest.raises(BadWeightsFile, match="header of .* is damaged"):
+    with pytest.raises(BadWeightsFile, match=r"header of .* is damaged"):
         Features.load(path)
     write_safetensors(path, tensors, {**header, "photos": "5"}, overwrite=True)
     with pytest.raises(BadWeightsFile, match=r"photo notes of .* are no list"):

@@ -264,10 +264,11 @@ def test_factors_of_many_blocks_as_json(files: list[str], tmp_path: Path, capsys
     factors = json.dumps({"unet.mid_block": 0, "unet.up_blocks.0": 0.5}, indent=200)
     assert len(factors) > 255
     out = str(tmp_path / "out.safetensors")
-    done(["merge", *files[:1], "--blocks", factors, "--out", out, "--dtype", "fp32"], capsys)
+    options = ["--method", "sum", "--dtype", "fp32", "--blocks", factors]
+    done(["merge", files[0], *options, "--out", out], capsys)
     whole, result = deltas(files[0]), deltas(out)
     for name, delta in result.items():
-        factor = {"unet.mid": 0.0, "unet.up_blocks.0": 0.5}.get(block_of(name), 1.0)
+        factor = {"unet.mid_block": 0.0, "unet.up_blocks.0": 0.5}.get(block_of(name), 1.0)
         torch.testing.assert_close(delta, factor * whole[name])
     (tmp_path / "factors").write_bytes(b"\xff\xfe")
     stored = [str(tmp_path / "factors"), "-"]
