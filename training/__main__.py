@@ -86,9 +86,10 @@ def _run(options: argparse.Namespace) -> None:
     stage = find_stage(options.stage)
     if parallel.count() > 1 and options.stage not in PARALLEL:
         raise BadConfig(f"{options.stage} runs in one process; start it without torchrun.")
-    with parallel.first_one_first():
-        folder = open_run(config, options.stage)
-    stage(config, folder)
+    with RunFolder.create(config.run.root, options.stage).held():
+        with parallel.first_one_first():
+            folder = open_run(config, options.stage)
+        stage(config, folder)
 
 
 def refused_by_system(error: OSError) -> str:

@@ -36,6 +36,8 @@ SHIPPED = Path(difflora_core.__file__).parent / "mini"
 """Weights that come with the package."""
 SHIPPED_LIMIT = 30_000_000
 """Largest size of all shipped files together, bytes."""
+BASE_PARTS = ("unet", "vae", "text_encoder")
+"""the artifacts of a base model"""
 MANIFEST = "manifest.json"
 _SUFFIXES = (".safetensors", ".onnx", ".json")
 """of artifacts; what follows another dot is part of a name"""
@@ -129,10 +131,15 @@ def ship(config: Config, folder: RunFolder, shipped: Path | None = None) -> None
     """Stage `ship`: copy the shipped kinds of artifacts into `difflora_core/mini/`.
 
     Copied is what the run's manifest lists, training material left out, and either all of it or
-    nothing. Errors: DiffLoRAError when the folder would grow past SHIPPED_LIMIT, OSError.
+    nothing. Errors: DiffLoRAError when there is nothing, or when the folder would grow past
+    SHIPPED_LIMIT; OSError.
     """
     source, target = artifacts_folder(config), shipped or SHIPPED
     entries = {n: e for n, e in read_manifest(source).items() if _is_shipped(n)}
+    if not entries:
+        raise DiffLoRAError(
+            f"There is nothing to ship in {source}.", hint="Check run.root, or train something."
+        )
     sizes = {p.relative_to(target).as_posix(): p.stat().st_size for p in _weights(target)}
     sizes |= {name: (source / name).stat().st_size for name in entries}
     total = sum(sizes.values())

@@ -13,7 +13,8 @@ from torch import nn
 from difflora_core.errors import BadConfig
 
 from . import parallel
-from .loop import Step, Trainer
+from .example_pool import Pool
+from .loop import OutOfTime, Step, Trainer
 from .run_config import OptimConfig, RunConfig
 from .run_folder import RunFolder
 
@@ -33,24 +34,32 @@ def train(
     *,
     batch: int,
     minutes: float = 0.0,
+    pool: Pool | None = None,
 ) -> Trainer:
-    """Train to the last step or until the time is up; returns the trainer with its weights.
+    """Train to the last step or for `minutes`; returns the trainer with its weights.
 
-    Errors: BadConfig for a time in minutes where several processes train together.
+    Errors: BadConfig for a time in minutes where several processes train together, Interrupted
+    where `run.max_minutes` came first.
     """
     if minutes > 0 and parallel.count() > 1:
         raise BadConfig(
             f"minutes={minutes:g} plans by one process's clock, but {parallel.count()} train.",
             hint="Set minutes=0 and optim.steps, and run.max_minutes if time is short.",
         )
+    own_time = 0 < minutes <= (run.max_minutes or minutes)
     if minutes > 0:
         planned = _planned_steps(modules, folder, step, minutes)
         optim = replace(optim, steps=min(optim.steps, planned))
+    if own_time:
         run = replace(run, max_minutes=minutes)
     optim = replace(optim, warmup=min(optim.warmup, optim.steps // 10))
-    trainer = Trainer(modules, optim, run, folder, items_per_step=batch)
+    trainer = Trainer(modules, optim, run, folder, items_per_step=batch, pool=pool)
     logger.info("%s: %d steps of %d", folder.name, optim.steps, batch)
-    trainer.fit(step)
+    try:
+        trainer.fit(step)
+    except OutOfTime:
+        if not own_time:  # unfinished weights are no result unless this much was asked for
+            raise
     return trainer
 
 

@@ -33,6 +33,22 @@ class Pool:
         index = torch.randint(size, (count,), device=device)
         return {name: _as_float(values[index]) for name, values in self.store.items()}
 
+    def position(self) -> dict[str, int]:
+        """How far the pool has come, for a checkpoint."""
+        return {"used": self.used, "chunks": self.chunks}
+
+    def restore(self, position: dict[str, int]) -> None:
+        """Draw again what lay in the ring at that position."""
+        self.made = self.chunks = 0
+        if position["chunks"]:
+            self._grow()  # tells how many chunks the ring holds
+            replaced = position["chunks"] - self.capacity // self.made
+            if replaced > 0:
+                self.made, self.chunks = replaced * self.made, replaced
+        while self.chunks < position["chunks"]:
+            self._grow()
+        self.used = position["used"]
+
     def _grow(self) -> None:
         chunk = self.make(self.chunks)
         count = len(next(iter(chunk.values())))

@@ -1,11 +1,11 @@
 """The training loop: steps, logging, averaging, checkpoints, resuming. It knows no model.
 
     trainer = Trainer({"unet": unet}, config.base.optim, config.run, folder, items_per_step=256)
-    finished = trainer.fit(step)          # step(i) -> {"loss": scalar, ...}; resumes by itself
+    trainer.fit(step)                     # step(i) -> {"loss": scalar, ...}; resumes by itself
     weights = trainer.averaged("unet")    # EMA weights, for the artifact
 
 A resumed run equals an uninterrupted one bit for bit (on one device) as long as `step(i)` depends
-on i, the modules, the global torch random state and `trainer.generator` only.
+on i, the modules, the global torch random state, `trainer.generator` and the pool only.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from difflora_core.errors import DiffLoRAError
 
 from . import parallel
+from .example_pool import Pool
 from .optimizer import build_optimizers, load_state
 from .run_config import OptimConfig, RunConfig
 from .run_folder import Checkpoint, RunFolder
@@ -34,6 +35,10 @@ Step = Callable[[int], dict[str, Tensor]]
 
 class Interrupted(Exception):
     """A signal stopped the loop after its checkpoint was written."""
+
+
+class OutOfTime(Interrupted):
+    """`run.max_minutes` did."""
 
 
 class TrainingDiverged(DiffLoRAError):
@@ -51,9 +56,14 @@ class Trainer:
         folder: RunFolder,
         *,
         items_per_step: int = 1,
+        pool: Pool | None = None,
     ) -> None:
-        """`modules`: every module that trains, on its device; they are saved under their names."""
+        """`modules`: every module that trains, on its device; they are saved under their names.
+
+        pool: where `step` draws its examples, so that a resumed run goes on with the next ones.
+        """
         self.modules, self.optim, self.run, self.folder = modules, optim, run, folder
+        self.pool = pool
         self.items_per_step = items_per_step * parallel.count()
         self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
@@ -63,11 +73,11 @@ class Trainer:
         self.step = 0
         self._signal: int | None = None
 
-    def fit(self, step: Step) -> bool:
-        """Train to the last step; True when it was reached, False when the time limit came first.
+    def fit(self, step: Step) -> None:
+        """Train to the last step.
 
-        Raises Interrupted after Ctrl-C or SIGTERM, TrainingDiverged when the loss is not finite or
-        a checkpoint's weights would not be.
+        Raises Interrupted after Ctrl-C or SIGTERM, OutOfTime when `run.max_minutes` are over first,
+        TrainingDiverged when the loss is not finite or a checkpoint's weights would not be.
         """
         parallel.join()
         self.resume()
@@ -90,9 +100,10 @@ class Trainer:
                     self.save()
                 if told:
                     raise Interrupted(f"{self.folder.name} stopped at step {self.step}")
-                if late:
-                    return last
-        return True
+                if late and not last:
+                    raise OutOfTime(
+                        f"{self.folder.name} stopped at step {self.step}: its time was up"
+                    )
 
     def averaged(self, name: str) -> dict[str, Tensor]:
         """State dict of one module with its averaged weights (its own without EMA); a copy."""
@@ -122,6 +133,7 @@ class Trainer:
             "optimizers": [o.state_dict() for o in self.optimizers],
             "shadow": self.shadow,
             "random": self._random_state(),
+            "pool": self.pool.position() if self.pool else {},
         }
         self.folder.save(self.step, modules, state, self.run.keep_last)
 
@@ -147,6 +159,8 @@ class Trainer:
             load_state(optimizer, state)
         if self.shadow:
             _copy(checkpoint.state["shadow"], self.shadow)
+        if self.pool:
+            self.pool.restore(checkpoint.state["pool"])
         self._set_random_state(checkpoint.state["random"])
         self.step = checkpoint.step
 

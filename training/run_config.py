@@ -13,6 +13,9 @@ from difflora_core.errors import BadConfig
 
 from .parallel import count, local_rank
 
+MAX_SEED = 2**32 - 1
+"""what all libraries take"""
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -35,6 +38,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         at_least(1, self, "log_every", "checkpoint_every")
+        at_least(0, self, "max_minutes", "seed")
+        at_most(MAX_SEED, self, "seed")
+        if self.root.encode(errors="replace").decode() != self.root:
+            raise ValueError("root is no valid text; choose another folder")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"device must be auto, cpu, cuda or cuda:N, found {self.device!r}")
 
@@ -78,6 +85,14 @@ class OptimConfig:
     """Decay of the averaged weights, warmed up as (1+t)/(10+t); 0 = no averaging."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of the forward pass: auto is bf16 autocast on cuda and fp32 on cpu."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "steps")
+        at_least(0, self, "lr", "muon_lr", "warmup", "final_lr", "weight_decay", "grad_clip")
+        if not all(0 <= decay < 1 for decay in (*self.betas, self.ema)):
+            raise ValueError(
+                f"betas and ema must lie from 0 to below 1, found {self.betas} and {self.ema}"
+            )
 
 
 def at_most(highest: float, settings: Any, *names: str) -> None:

@@ -15,17 +15,24 @@ import logging
 import os
 import platform
 import re
+import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from difflora_core.errors import DiffLoRAError
 from difflora_core.whole_file import whole_file
+
+from . import parallel
 
 logger = logging.getLogger(__name__)
 
@@ -97,14 +104,40 @@ class RunFolder:
         found = (self.path / "checkpoints").glob("step_*")
         return sorted(path for path in found if _STEP_NAME.fullmatch(path.name))
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, no other run works in this folder; what a killed one left half-written is gone.
+
+        Of several processes that train together the first one holds it. Errors: DiffLoRAError where
+        another run does.
+        """
+        if parallel.rank() > 0:
+            yield
+            return
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise DiffLoRAError(
+                f"Another run is at work in {self.path}.",
+                hint="Wait until it has ended, or choose another run.root.",
+            ) from error
+        with lock:
+            for left in self.path.glob("**/checkpoints/.step_*"):
+                shutil.rmtree(left, ignore_errors=True)
+            yield
+
     def has_checkpoints(self) -> bool:
         """Whether this folder or one of its parts holds a checkpoint."""
         return any(self.path.glob("**/checkpoints/step_*"))
 
     def save(self, step: int, modules: Weights, state: dict[str, Any], keep_last: int) -> Path:
-        """Write the checkpoint of `step` atomically, then delete all but the newest `keep_last`."""
+        """Write the checkpoint of `step` atomically, then delete all but the newest `keep_last`.
+
+        Later ones go too: a run that starts again before them had found them damaged.
+        """
         place = self.path / "checkpoints" / f"step_{step:08d}"
-        temporary = place.with_name(f".{place.name}.{os.getpid()}")
+        temporary = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
         try:
             temporary.mkdir(parents=True)
             for name, weights in modules.items():
@@ -118,7 +151,9 @@ class RunFolder:
             raise OSError(f"The checkpoint {place.name} could not be written: {reason}") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        for old in self.checkpoints()[: -max(keep_last, 1)]:
+        present = self.checkpoints()
+        last = present.index(place) + 1
+        for old in present[: max(last - max(keep_last, 1), 0)] + present[last:]:
             shutil.rmtree(old)
         return place
 

@@ -270,6 +270,7 @@ def test_factors_of_many_blocks_as_json(files: list[str], tmp_path: Path, capsys
     for name, delta in result.items():
         factor = {"unet.mid_block": 0.0, "unet.up_blocks.0": 0.5}.get(block_of(name), 1.0)
         torch.testing.assert_close(delta, factor * whole[name])
+    out = str(tmp_path / "other.safetensors")
     (tmp_path / "factors").write_bytes(b"\xff\xfe")
     stored = [str(tmp_path / "factors"), "-"]
     assert "as text" in refused(["merge", *files[:2], "--blocks", *stored, "--out", out], capsys)

@@ -26,6 +26,7 @@ from training.base.stage import run as train_base
 from training.base.tokens import CONTEXT, END, UNKNOWN, encode, rows, token_index
 from training.base.unet_training import unet_losses
 from training.config import Config, load_config
+from training.loop import Interrupted
 from training.portraits import render, sample_scenes
 from training.portraits.scene import is_held_out
 
@@ -183,6 +184,27 @@ def test_training_writes_what_the_world_opens(config: Config, tmp_path: Path) ->
     assert 0 < figures["epsilon"] < 3 and 0 < figures["epsilon_faces"] < 3
     assert text.tensors["embeddings.token_embedding.weight"].shape == (49408, 128)
     assert Painter.open(config).paint(["a person"], [0], steps=1).isfinite().all()
+
+
+def test_what_was_interrupted_becomes_the_same_and_no_result_before(
+    config: Config, tmp_path: Path
+) -> None:
+    few = [
+        "base.vae.optim.steps=6", "base.vae.batch=4", "base.vae.chunk=4", "base.vae.pool=8",
+        "base.vae.reuse=1", "base.vae.measured=2", "base.only=[vae]",
+    ]  # fmt: skip
+    file = tmp_path / "tiny.toml"
+    whole = load_config(file, [*few, f"run.root={tmp_path / 'whole'}"])
+    train_base(whole, open_run(whole, "train-base"))
+    parts = load_config(file, [*few, f"run.root={tmp_path / 'parts'}"])
+    short = replace(parts, run=replace(parts.run, max_minutes=1e-9))
+    for _ in range(5):
+        with pytest.raises(Interrupted, match="vae stopped at step"):
+            train_base(short, open_run(short, "train-base"))
+        assert not (artifacts_folder(parts) / "vae.safetensors").exists()
+    train_base(parts, open_run(parts, "train-base"))
+    one, other = (open_part("vae.safetensors", artifacts_folder(c)) for c in (whole, parts))
+    assert all(torch.equal(other.tensors[name], tensor) for name, tensor in one.tensors.items())
 
 
 def test_training_can_go_on_from_an_artifact(config: Config, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tests.training.controlnet_world import FEW, inputs, randomised, world
 from tests.training.tiny_sd import WIDTH, write_tiny_sd
 from tests.training.tiny_world import write_world
 from training.__main__ import main, open_run
-from training.artifacts import MissingArtifact, artifacts_folder, read_manifest
+from training.artifacts import MissingArtifact, artifact, artifacts_folder, read_manifest
 from training.config import Config, load_config
 from training.controlnet import people_stage, record, stage
 from training.controlnet.base_model import open_base
@@ -29,6 +29,7 @@ from training.controlnet.control import new_control, predict_noise
 from training.controlnet.export import open_control
 from training.controlnet.objective import objective_of
 from training.loop import Interrupted
+from training.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -288,6 +289,25 @@ def test_a_data_set_without_faces_is_refused_where_faces_are_compared(tmp_path: 
         stage.open_people(config, open_base(config))
     plain = replace(config, controlnet=replace(config.controlnet, variants=("baseline",)))
     assert len(stage.open_people(plain, open_base(plain))) == 6
+
+
+def test_other_people_and_other_base_models_are_another_training(tmp_path: Path) -> None:
+    config = world(tmp_path, "controlnet.data=people")
+    index = people_stage.index_path(config, "train")
+    index.parent.mkdir(parents=True)
+    index.write_text("first", encoding="utf-8")
+    folder, before = RunFolder.create(tmp_path, "x"), record.decisive(config, ObjectiveConfig())
+    record.keep(folder, before)
+    folder.save(1, {}, {}, keep_last=1)
+    record.check(folder, record.decisive(config, ObjectiveConfig()))
+    index.write_text("second", encoding="utf-8")
+    with pytest.raises(BadConfig, match="was trained with people = "):
+        record.check(folder, record.decisive(config, ObjectiveConfig()))
+    index.write_text("first", encoding="utf-8")
+    with artifact(config, "vae").open("ab") as file:
+        file.write(b" ")
+    with pytest.raises(BadConfig, match="was trained with base model = "):
+        record.check(folder, record.decisive(config, ObjectiveConfig()))
 
 
 def test_the_data_set_has_to_be_built_first(tmp_path: Path) -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -30,7 +34,7 @@ from training.encoders.attributes_net import (
 from training.encoders.config import NAMES, RecogniserTraining
 from training.encoders.detector_loss import assign, diou_loss, focal
 from training.encoders.image_encoder import own_name
-from training.encoders.stage import run
+from training.encoders.stage import ending_with_this, run
 from training.example_pool import Pool
 from training.portraits import ATTRIBUTES
 from training.run_config import RunConfig
@@ -51,6 +55,20 @@ def test_pool_draws_again_as_often_as_told_and_forgets_the_oldest() -> None:
     assert made == [0, 1, 2, 3]  # 32 draws, each picture used twice
     assert set(seen[-1]["number"].tolist()) <= {2, 3}
     assert seen[0]["images"].unique().tolist() == [1.0]
+
+
+def test_encoders_that_train_at_once_end_with_their_parent() -> None:
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=time.sleep, args=(60,)) for _ in range(2)]
+    before = signal.getsignal(signal.SIGTERM)
+    with ending_with_this(workers):
+        for worker in workers:
+            worker.start()
+        os.kill(os.getpid(), signal.SIGTERM)
+        for worker in workers:
+            worker.join(timeout=20)
+    assert [worker.exitcode for worker in workers] == [-signal.SIGTERM] * 2
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_damage_keeps_shape_and_range_and_some_pictures_nearly_clean() -> None:

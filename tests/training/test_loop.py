@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from difflora_core.errors import DiffLoRAError
-from training.loop import Interrupted, Trainer, TrainingDiverged, lr_factor
+from training.example_pool import Pool
+from training.loop import Interrupted, OutOfTime, Trainer, TrainingDiverged, lr_factor
 from training.run_config import OptimConfig, RunConfig
 from training.run_folder import RunFolder
 from training.run_log import RunLog, read_csv
@@ -53,7 +54,7 @@ def _assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     whole = Job(tmp_path / "whole")
-    assert whole.trainer.fit(whole.step)
+    whole.trainer.fit(whole.step)
 
     first = Job(tmp_path / "parts")
 
@@ -65,7 +66,7 @@ def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     with pytest.raises(Interrupted, match="step 4"):
         first.trainer.fit(stop_at_four)
     second = Job(tmp_path / "parts")
-    assert second.trainer.fit(second.step)
+    second.trainer.fit(second.step)
     assert second.seen == [4, 5, 6, 7]
     _assert_equal(second.weights(), whole.weights())
     _assert_equal(
@@ -78,14 +79,15 @@ def test_finished_run_does_no_further_step(tmp_path: Path) -> None:
     first = Job(tmp_path)
     first.trainer.fit(first.step)
     again = Job(tmp_path)
-    assert again.trainer.fit(again.step)
+    again.trainer.fit(again.step)
     assert again.seen == []
     _assert_equal(again.weights(), first.weights())
 
 
 def test_time_limit_stops_with_a_checkpoint(tmp_path: Path) -> None:
     job = Job(tmp_path, run=dataclasses.replace(RUN, max_minutes=1e-9))
-    assert not job.trainer.fit(job.step)
+    with pytest.raises(OutOfTime, match="job stopped at step 1: its time was up"):
+        job.trainer.fit(job.step)
     assert [p.name for p in job.folder.checkpoints()] == ["step_00000001"]
 
 
@@ -99,6 +101,44 @@ def test_damaged_newest_checkpoint_is_skipped(tmp_path: Path) -> None:
     again.trainer.fit(again.step)
     assert again.seen == [4, 5, 6, 7]
     _assert_equal(again.weights(), job.weights())
+
+
+def test_what_follows_a_checkpoint_is_given_up_with_it(tmp_path: Path) -> None:
+    folder, weights = RunFolder.create(tmp_path, "job"), {"model": {"w": torch.zeros(1)}}
+    for step in (1000, 2000):
+        folder.save(step, weights, {}, keep_last=2)
+    (folder.checkpoints()[-1] / "state.pt").write_bytes(b"damaged")
+    folder.save(1500, weights, {}, keep_last=1)
+    assert [path.name for path in folder.checkpoints()] == ["step_00001500"]
+    folder.save(2500, weights, {}, keep_last=2)
+    assert [path.name for path in folder.checkpoints()] == ["step_00001500", "step_00002500"]
+
+
+def test_a_folder_takes_one_run_at_a_time(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "job")
+    left = folder.part("model").path / "checkpoints" / ".step_00000004.1234"
+    left.mkdir(parents=True)
+    with folder.held():
+        assert not left.exists()
+        with pytest.raises(DiffLoRAError, match=r"Another run is at work in .*job"), folder.held():
+            pass
+    with folder.held():
+        pass
+
+
+def test_a_resumed_pool_holds_what_an_uninterrupted_one_holds() -> None:
+    for chunks in (1, 2, 3, 7):
+        whole = Pool(lambda k: {"number": torch.full((4,), k)}, capacity=13, reuse=1)
+        while whole.chunks < chunks:
+            whole.draw(4)
+        again = Pool(whole.make, capacity=13, reuse=1)
+        again.restore(whole.position())
+        assert again.position() == whole.position()
+        for _ in range(6):
+            torch.manual_seed(chunks)
+            expected = whole.draw(3)["number"]
+            torch.manual_seed(chunks)
+            assert torch.equal(again.draw(3)["number"], expected)
 
 
 def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:

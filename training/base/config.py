@@ -54,6 +54,10 @@ class VaeConfig:
     )
     """Optimiser."""
 
+    def __post_init__(self) -> None:
+        at_least(0, self, "crop", "minutes")
+        at_least(1, self, "batch", "pool", "chunk", "reuse", "measured")
+
 
 @dataclass(frozen=True)
 class TextConfig:
@@ -114,7 +118,8 @@ class UnetConfig:
 
     def __post_init__(self) -> None:
         """Errors: ValueError for weights that are not one for each of the world's styles."""
-        at_least(0, self, "styles")
+        at_least(0, self, "styles", "minutes")
+        at_least(1, self, "batch", "pool", "measured")
         if self.styles and (len(self.styles) != len(STYLES) or not any(self.styles)):
             raise ValueError(
                 f"styles must be empty or {len(STYLES)} weights, not all 0, found {self.styles}"

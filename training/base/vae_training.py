@@ -51,7 +51,7 @@ def train_vae(config: Config, folder: RunFolder) -> None:
 
     def step(i: int) -> dict[str, Tensor]:
         whole = not settings.crop or i % _WHOLE_EVERY == 0
-        batch = pool.draw(settings.batch // 4 if whole else settings.batch)
+        batch = pool.draw(max(settings.batch // 4, 1) if whole else settings.batch)
         batch = batch if whole else crop_batch(batch, settings.crop)
         target = (batch["images"] * 2 - 1).contiguous(memory_format=torch.channels_last)
         posterior = vae.encode(target).latent_dist
@@ -70,6 +70,7 @@ def train_vae(config: Config, folder: RunFolder) -> None:
         step,
         batch=settings.batch,
         minutes=settings.minutes,
+        pool=pool,
     )
     vae.load_state_dict(trainer.averaged("vae"))
     vae.eval()

@@ -36,6 +36,9 @@ class PeopleConfig:
     validation: PeopleFiles = field(default_factory=PeopleFiles)
     """Files to evaluate on."""
 
+    def __post_init__(self) -> None:
+        at_least(0, self, "count")
+
 
 @dataclass(frozen=True)
 class ObjectiveConfig:

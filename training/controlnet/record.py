@@ -10,11 +10,14 @@ from typing import Any
 from difflora_core.config import to_dict
 from difflora_core.errors import BadConfig
 
+from ..artifacts import BASE_PARTS, artifact, sha256
 from ..config import Config
 from ..run_folder import RunFolder
 from .config import ObjectiveConfig
+from .people_stage import index_path
 
 FILE = "trained_for.json"
+_DIGITS = 12
 _DATA = ("data", "resolution", "batch", "pool", "mention", "drop_prompt", "smallest_face")
 #: term of the objective -> files that it looks through
 _NETWORKS = {"face": "face_network", "landmark": "landmark_network", "body": "vgg"}
@@ -23,14 +26,19 @@ _NETWORKS = {"face": "face_network", "landmark": "landmark_network", "body": "vg
 def decisive(config: Config, objective: ObjectiveConfig) -> dict[str, Any]:
     """Key of the configuration -> its value, for all that one training depends on.
 
-    Files count by name, networks only where their term does. How long and how fast it learns is
-    left out: that may change on the way.
+    The people's index and the mini model count by content, other files by name; networks only where
+    their term does. How long and how fast it learns is left out: that may change on the way.
     """
     settings = config.controlnet
     networks = [key for term, key in _NETWORKS.items() if getattr(objective, term) > 0]
     values: dict[str, Any] = {"run.seed": config.run.seed}
     values |= {f"controlnet.objective.{k}": value for k, value in to_dict(objective).items()}
     values |= {f"controlnet.{key}": getattr(settings, key) for key in _DATA}
+    index = index_path(config, "train")
+    if settings.data == "people" and index.exists():  # its absence is refused where it is read
+        values["people"] = sha256(index)[:_DIGITS]
+    if not settings.model:
+        values["base model"] = [sha256(artifact(config, name))[:_DIGITS] for name in BASE_PARTS]
     files = {key: _names(getattr(settings, key)) for key in ("model", *networks)}
     return values | {f"controlnet.{key}": names for key, names in files.items()}
 

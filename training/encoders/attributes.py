@@ -42,8 +42,9 @@ def train_attribute_heads(config: EncodersConfig, run: RunConfig, folder: RunFol
 
     modules: dict[str, nn.Module] = {"net": net}
     trainer = train(
-        modules, settings.optim, run, folder, step, batch=settings.batch, minutes=config.minutes
-    )
+        modules, settings.optim, run, folder, step,
+        batch=settings.batch, minutes=config.minutes, pool=pool,
+    )  # fmt: skip
     net.load_state_dict(trainer.averaged("net"))
     figures = measure_checker(net.eval(), 2 * config.check_people, run.seed)
     net.config = replace(net.config, figures=figures)
@@ -111,8 +112,9 @@ def train_self_supervised(config: EncodersConfig, run: RunConfig, folder: RunFol
 
     modules: dict[str, nn.Module] = {"net": net, "projector": projector}
     trainer = train(
-        modules, settings.optim, run, folder, step, batch=settings.batch, minutes=config.minutes
-    )
+        modules, settings.optim, run, folder, step,
+        batch=settings.batch, minutes=config.minutes, pool=pool,
+    )  # fmt: skip
     net.load_state_dict(trainer.averaged("net"))
     return net.cpu().eval()
 

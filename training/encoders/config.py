@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..run_config import OptimConfig
+from ..run_config import OptimConfig, at_least
 
 NAMES = (
     "detector", "recogniser", "metric_recogniser", "image_encoder", "attribute_heads",
@@ -144,3 +144,9 @@ class EncodersConfig:
     """The DINO-style features."""
     landmarks: LandmarksTraining = field(default_factory=LandmarksTraining)
     """The network of the landmark term."""
+
+    def __post_init__(self) -> None:
+        at_least(0, self, "minutes")
+        at_least(1, self, "pool", "chunk", "reuse", "check_people")
+        for name in NAMES:
+            at_least(1, getattr(self, name), "batch")

@@ -50,8 +50,9 @@ def train_detector(config: EncodersConfig, run: RunConfig, folder: RunFolder) ->
 
     modules: dict[str, torch.nn.Module] = {"detector": detector}
     trainer: Trainer = train(
-        modules, settings.optim, run, folder, step, batch=settings.batch, minutes=config.minutes
-    )
+        modules, settings.optim, run, folder, step,
+        batch=settings.batch, minutes=config.minutes, pool=pool,
+    )  # fmt: skip
     detector.load_state_dict(trainer.averaged("detector"))
     return detector.eval()
 

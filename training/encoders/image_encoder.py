@@ -65,8 +65,9 @@ def train_image_encoder(config: EncodersConfig, run: RunConfig, folder: RunFolde
 
     modules: dict[str, nn.Module] = {"clip": encoder.clip}
     trainer = train(
-        modules, settings.optim, run, folder, step, batch=settings.batch, minutes=config.minutes
-    )
+        modules, settings.optim, run, folder, step,
+        batch=settings.batch, minutes=config.minutes, pool=pool,
+    )  # fmt: skip
     encoder.clip.load_state_dict(trainer.averaged("clip"))
     encoder.visual.output_tokens = True
     encoder.eval()

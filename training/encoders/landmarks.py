@@ -44,8 +44,9 @@ def train_landmarks(config: EncodersConfig, run: RunConfig, folder: RunFolder) -
 
     modules: dict[str, nn.Module] = {"network": network}
     trainer = train(
-        modules, settings.optim, run, folder, step, batch=settings.batch, minutes=config.minutes
-    )
+        modules, settings.optim, run, folder, step,
+        batch=settings.batch, minutes=config.minutes, pool=pool,
+    )  # fmt: skip
     network.load_state_dict(trainer.averaged("network"))
     return network.eval().half().float()
 

@@ -90,8 +90,9 @@ def train_recogniser(
 
     modules: dict[str, nn.Module] = {"recogniser": recogniser, "head": head}
     trainer = train(
-        modules, settings.optim, run, folder, step, batch=settings.batch, minutes=config.minutes
-    )
+        modules, settings.optim, run, folder, step,
+        batch=settings.batch, minutes=config.minutes, pool=pool,
+    )  # fmt: skip
     recogniser.load_state_dict(trainer.averaged("recogniser"))
     recogniser.eval().half().float()  # what the file will hold
     calibration = calibrate(recogniser, config.check_people, run.seed)

@@ -5,10 +5,15 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import signal
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import FrameType
 
 import torch.multiprocessing as multiprocessing
 
@@ -17,6 +22,7 @@ from difflora_core.recogniser import ConvNeXtConfig, IResNetConfig
 
 from ..artifacts import artifacts_folder, record_artifact, save_artifact
 from ..config import Config
+from ..loop import Interrupted
 from ..run_folder import RunFolder
 from .attributes import train_attribute_heads, train_self_supervised
 from .config import NAMES
@@ -30,6 +36,8 @@ logger = logging.getLogger(__name__)
 Figures = dict[str, float]
 #: added to run.seed: the metric recogniser shares neither weights nor pictures with the other
 _METRIC_SEED = 7919
+#: how a worker ends that was told to, in its loop or before it
+_STOPPED = (130, -signal.SIGTERM)
 
 
 def run(config: Config, folder: RunFolder) -> None:
@@ -66,20 +74,50 @@ def train_one(name: str, config: Config, path: Path) -> None:
 def _train_at_once(config: Config, folder: RunFolder) -> None:
     """Each encoder in a process of its own; the others go on where one fails.
 
-    Errors: DiffLoRAError, once all have ended.
+    Errors, once all have ended: DiffLoRAError; Interrupted after Ctrl-C or SIGTERM, which all get.
     """
     context = multiprocessing.get_context("spawn")
     workers = [
-        context.Process(target=train_one, args=(name, config, folder.path), name=name)
+        context.Process(target=_work, args=(name, config, folder.path), name=name)
         for name in config.encoders.only
     ]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    with ending_with_this(workers):
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    if any(worker.exitcode in _STOPPED for worker in workers):
+        raise Interrupted(f"{folder.name} stopped")
     failed = [worker.name for worker in workers if worker.exitcode]
     if failed:
         raise DiffLoRAError(f"Training failed for {', '.join(failed)}; see the messages above.")
+
+
+def _work(name: str, config: Config, path: Path) -> None:
+    """The process of one encoder."""
+    try:
+        train_one(name, config, path)
+    except (Interrupted, KeyboardInterrupt) as stop:
+        logger.warning("%s", stop or f"{name} stopped")
+        sys.exit(_STOPPED[0])
+
+
+@contextmanager
+def ending_with_this(workers: Sequence[BaseProcess]) -> Iterator[None]:
+    """Pass SIGTERM and Ctrl-C on, so that workers save; else they would train on alone."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for worker in workers:
+            if worker.is_alive():
+                worker.terminate()
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, end) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _detector(config: Config, folder: RunFolder) -> Figures:

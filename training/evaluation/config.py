@@ -8,7 +8,7 @@ from typing import Literal
 from difflora_core.predictor import MAX_CANDIDATES
 from difflora_core.sampler import MAX_STEPS
 
-from ..run_config import at_least, at_most
+from ..run_config import MAX_SEED, at_least, at_most
 
 ROWS = (
     "base", "average_lora", "nearest_lora", "textual_inversion", "teacher", "predicted_paper",
@@ -59,8 +59,10 @@ class EvalConfig:
     """People on the picture sheet; 0 = no sheet."""
 
     def __post_init__(self) -> None:
-        at_least(0, self, "steps", "batch", "refine_steps", "inversion_steps", "sheet_people")
+        at_least(0, self, "seed", "steps", "batch", "refine_steps", "inversion_steps")
+        at_least(0, self, "sheet_people")
         at_least(1, self, "people", "prompts", "references", "candidates", "paint_steps")
         at_most(MAX_STEPS, self, "steps")
+        at_most(MAX_SEED, self, "seed")
         at_most(MAX_CANDIDATES, self, "candidates")
         at_least(2, self, "fid_pictures")  # a cloud of one picture has no width

@@ -17,8 +17,9 @@ def check_place(config: Config) -> None:
     if not config.eval.json:
         return
     path = Path(config.eval.json)
-    if path.is_dir():
-        raise BadConfig(f"{path} is a folder.", hint="Name a file for the figures.")
+    if path.exists() and not path.is_file():  # a device would be replaced by the file
+        kind = "a folder" if path.is_dir() else "no file"
+        raise BadConfig(f"{path} is {kind}.", hint="Name a file for the figures.")
     write_whole(path.with_name(f".{path.name}.probe"), "").unlink()
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from difflora_core.errors import BadConfig, DiffLoRAError
 from difflora_core.mask_aware.window import WINDOWS, SigmaWindow, window_below
-from training.run_config import at_least
+from training.run_config import MAX_SEED, at_least, at_most
 
 Mode = Literal["guided", "full", "predicted"]
 
@@ -43,7 +43,8 @@ class GuidanceConfig:
     """People on the picture sheet; 0 = no sheet."""
 
     def __post_init__(self) -> None:
-        at_least(0, self, "strengths")
+        at_least(0, self, "seed", "strengths", "sheet_people")
+        at_most(MAX_SEED, self, "seed")
         at_least(1, self, "people", "prompts", "iterations")
         at_least(4, self, "factor_pictures")  # one chooses what is fitted on three
         if self.people * self.prompts < 2:

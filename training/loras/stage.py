@@ -13,7 +13,7 @@ from difflora_core.header import LoraHeader
 from difflora_core.lora_space import LoraSpace
 from difflora_core.weights_file import TensorFile, write_lora
 
-from ..artifacts import artifact, sha256
+from ..artifacts import BASE_PARTS, artifact, sha256
 from ..base.painter import Painter
 from ..config import Config
 from ..run_folder import RunFolder
@@ -22,7 +22,6 @@ from .teacher import SUBJECT, train_loras
 
 logger = logging.getLogger(__name__)
 GROUP_ON_CUDA = 64
-BASE_PARTS = ("unet", "vae", "text_encoder")
 """artifacts of the model that LoRAs are trained on"""
 
 
