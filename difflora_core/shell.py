@@ -72,10 +72,13 @@ def open_input(path: Path) -> LoraReading:
         return open_lora(path, lazy=True, any_model=True)
 
 
-def check_free(path: Path, overwrite: bool, suffix: str = ".safetensors") -> None:
-    """Before any work: the file must be writable under that name. Errors: BadWeightsFile."""
-    if path.suffix != suffix:
-        raise BadWeightsFile(f"{path.name} must end in {suffix}.")
+def check_free(path: Path, overwrite: bool, *suffixes: str) -> None:
+    """Before any work: the file must be writable under that name; suffixes: .safetensors unless
+    others are given. Errors: BadWeightsFile.
+    """
+    known = suffixes or (".safetensors",)
+    if path.suffix.lower() not in known:
+        raise BadWeightsFile(f"{path.name} must end in {' or '.join(known)}.")
     _refuse_name(path)
     if os.path.exists(path) and not overwrite:  # unlike Path.exists, false where nobody may look
         raise BadWeightsFile(f"{path} exists already.", hint="Choose another name or --overwrite.")

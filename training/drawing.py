@@ -41,10 +41,11 @@ def pictures_of(
     return render_in_parts(scenes)
 
 
-def somebody(drawn: Portraits) -> tuple[Tensor, Tensor]:
+def somebody(drawn: Portraits, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """One of the people of each picture: rows [N] and people [N], an index into [N, P, ...]."""
     device = drawn.present.device
-    who = torch.where(drawn.present, torch.rand(drawn.present.shape, device=device), -1.0)
+    lots = torch.rand(drawn.present.shape, generator=generator).to(device)
+    who = torch.where(drawn.present, lots, -1.0)
     return torch.arange(len(who), device=device), who.argmax(1)
 
 

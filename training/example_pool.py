@@ -16,7 +16,7 @@ Examples = dict[str, Tensor]
 
 
 class Pool:
-    """Examples from `make(k)`, the k-th chunk, drawn on demand."""
+    """Examples from `make(k)`, the k-th chunk, drawn on demand; it depends on k alone."""
 
     def __init__(self, make: Callable[[int], Examples], capacity: int, reuse: float) -> None:
         self.make, self.capacity, self.reuse = make, capacity, reuse

@@ -159,7 +159,7 @@ class Trainer:
             load_state(optimizer, state)
         if self.shadow:
             _copy(checkpoint.state["shadow"], self.shadow)
-        if self.pool:
+        if self.pool and checkpoint.step < self.optim.steps:
             self.pool.restore(checkpoint.state["pool"])
         self._set_random_state(checkpoint.state["random"])
         self.step = checkpoint.step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -61,6 +61,11 @@ class RunConfig:
         return torch.device("cuda", local_rank()) if count() > 1 else torch.device("cuda")
 
 
+def with_seed(run: RunConfig, offset: int) -> RunConfig:
+    """The same run with a seed of its own."""
+    return replace(run, seed=(run.seed + offset) % (MAX_SEED + 1))
+
+
 @dataclass(frozen=True)
 class OptimConfig:
     """AdamW, or Muon beside it: linear warm-up, cosine decay, clipping, averaged copy (EMA)."""
@@ -100,7 +105,7 @@ def at_most(highest: float, settings: Any, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
         if not value <= highest:
-            raise ValueError(f"{name} must be {highest:g} or less, found {value}")
+            raise ValueError(f"{name} must be {highest} or less, found {value}")
 
 
 def at_least(lowest: int, settings: Any, *names: str) -> None:

@@ -3,8 +3,9 @@
     <run.root>/<stage>/config.toml environment.json log.csv samples/ checkpoints/step_00001000/
 
 A checkpoint is a folder with one safetensors file per module and `state.pt` (optimiser, averaged
-weights, random state; tensors and numbers only, read with weights_only). It is written beside its
-place and renamed, so a checkpoint that has its name is whole.
+weights, random state, place in the pool of examples; tensors and numbers only, read with
+weights_only). It is written beside its place and renamed, so a checkpoint that has its name is
+whole.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Checkpoint:
     modules: Weights
     """Weights by module name, on cpu."""
     state: dict[str, Any]
-    """Optimiser, averaged weights and random state, on cpu."""
+    """Optimiser, averaged weights, random state and place in the pool, on cpu."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,12 @@ class RunFolder:
                 f"Another run is at work in {self.path}.",
                 hint="Wait until it has ended, or choose another run.root.",
             ) from error
-        with lock:
+        try:
             for left in self.path.glob("**/checkpoints/.step_*"):
                 shutil.rmtree(left, ignore_errors=True)
             yield
+        finally:
+            lock.release()
 
     def has_checkpoints(self) -> bool:
         """Whether this folder or one of its parts holds a checkpoint."""

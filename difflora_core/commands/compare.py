@@ -31,8 +31,7 @@ def run(args: argparse.Namespace) -> dict:
     if len(args.files) < 2:
         raise BadConfig("One LoRA alone cannot be compared.", hint="Name two files or more.")
     if args.picture:
-        known = args.picture.suffix.lower() in PICTURES
-        check_free(args.picture, args.overwrite, args.picture.suffix if known else PICTURES[0])
+        check_free(args.picture, args.overwrite, *PICTURES)
     loras = [open_input(path).lora for path in args.files]
     titles = distinct([path.stem for path in args.files])
     with progress_line("comparing") as progress:

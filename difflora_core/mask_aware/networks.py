@@ -41,16 +41,17 @@ class FaceNetwork(nn.Module):
     """A recogniser whose stages can be compared; frozen, in float32."""
 
     def __init__(
-        self, name: str, trunk: nn.Module, *, takes_bytes: bool = False, training: str = ""
+        self, name: str, trunk: nn.Module, *, takes_bytes: bool = False, training_name: str = ""
     ) -> None:
         """trunk: normalised crops -> an iterator over the tensors through which all information
         passes, the raw embedding [N, D] last. It takes 0..255, or -1..1 as ArcFace was trained.
+        training_name: which training its file says it comes from.
 
         Errors: BadWeightsFile when it does not run or does not end in an embedding.
         """
         super().__init__()
         self.name, self.size = name, TEMPLATE_SIZE
-        self.training_name = training
+        self.training_name = training_name
         self.scale, self.shift = (255.0, 0.0) if takes_bytes else (2.0, -1.0)
         self.trunk = trunk.float().eval().requires_grad_(False)
         self.batched = self._checked()
@@ -145,9 +146,9 @@ def open_face_network(path: str | Path) -> FaceNetwork:
             return FaceNetwork(name, as_chain(recogniser.network))
         if path.suffix == ".onnx":
             network = read_onnx(path, RECOGNISER)
-            training = network.fields.get(TRAINING_FIELD, "")
+            training_name = network.fields.get(TRAINING_FIELD, "")
             return FaceNetwork(
-                path.stem, network, takes_bytes=network.takes_bytes, training=training
+                path.stem, network, takes_bytes=network.takes_bytes, training_name=training_name
             )
     raise BadWeightsFile(
         f"{path.name} is no face recogniser: expected a .safetensors or .onnx file.",

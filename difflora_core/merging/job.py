@@ -143,9 +143,13 @@ class Job:
             weights.append([self.weights[name][i] for i in present])
         return Batch.of(layers, weights, self.device)
 
-    def _merged(self, batch: Batch, rules: Sequence[RankRule]) -> list[Truncated]:
+    def _merged(self, batch: Batch, rules: Sequence[RankRule]) -> Iterator[Truncated]:
+        """One at a time: with all ranks kept, a batch of results can be a hundred times its LoRAs.
+
+        Errors: BadLoraFile.
+        """
         try:
-            return list(self._merge(batch, rules))
+            yield from self._merge(batch, rules)
         except torch.linalg.LinAlgError as error:  # squares of what is still finite are not
             raise BadLoraFile(
                 "The LoRAs hold numbers that are too big to be merged.",

@@ -128,3 +128,10 @@ def test_commands_are_recorded_without_folders(monkeypatch: pytest.MonkeyPatch) 
 def test_a_name_with_a_dot_is_found_again(config: Config) -> None:
     save_artifact(config, "v1.5_dit", {"w": torch.ones(2)}, {})
     assert artifact(config, "v1.5_dit").name == "v1.5_dit.safetensors"
+
+
+def test_a_run_without_artifacts_ships_nothing(tmp_path: Path) -> None:
+    config = Config(run=RunConfig(root=str(tmp_path / "typo")))
+    with pytest.raises(DiffLoRAError, match="nothing to ship"):
+        ship(config, RunFolder.create(config.run.root, "ship"), tmp_path / "shipped")
+    assert not (tmp_path / "shipped").exists()

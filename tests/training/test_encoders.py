@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from difflora_core.weights_file import read_safetensors, write_safetensors
 from training.artifacts import artifacts_folder, read_manifest
 from training.config import Config
 from training.drawing import generator_for
-from training.encoders import attributes, damage, detector, landmarks, recogniser
+from training.encoders import attributes, damage, detector, image_encoder, landmarks, recogniser
 from training.encoders.attributes_net import (
     PortraitNet,
     PortraitNetConfig,
@@ -34,7 +35,7 @@ from training.encoders.attributes_net import (
 from training.encoders.config import NAMES, RecogniserTraining
 from training.encoders.detector_loss import assign, diou_loss, focal
 from training.encoders.image_encoder import own_name
-from training.encoders.stage import ending_with_this, run
+from training.encoders.stage import run, run_together
 from training.example_pool import Pool
 from training.portraits import ATTRIBUTES
 from training.run_config import RunConfig
@@ -58,17 +59,38 @@ def test_pool_draws_again_as_often_as_told_and_forgets_the_oldest() -> None:
 
 
 def test_encoders_that_train_at_once_end_with_their_parent() -> None:
+    def ours(number: int, frame: object) -> None:
+        pytest.fail("the signal was not passed on")
+
     context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=time.sleep, args=(60,)) for _ in range(2)]
-    before = signal.getsignal(signal.SIGTERM)
-    with ending_with_this(workers):
-        for worker in workers:
-            worker.start()
-        os.kill(os.getpid(), signal.SIGTERM)
-        for worker in workers:
-            worker.join(timeout=20)
-    assert [worker.exitcode for worker in workers] == [-signal.SIGTERM] * 2
-    assert signal.getsignal(signal.SIGTERM) == before
+    workers = [context.Process(target=time.sleep, args=(20,), daemon=True) for _ in range(2)]
+    before = signal.signal(signal.SIGTERM, ours)
+    try:
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        run_together(workers)
+        assert [worker.exitcode for worker in workers] == [-signal.SIGTERM] * 2
+        assert signal.getsignal(signal.SIGTERM) == ours
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+DRAWN = {
+    "recogniser": lambda g: recogniser.draw_examples(8, 0, g, CPU, 100),
+    "detector": lambda g: detector.draw_examples(8, g, CPU),
+    "landmarks": lambda g: landmarks.draw_examples(8, g, CPU),
+    "attributes": lambda g: attributes.draw_examples(8, g, CPU),
+    "image_encoder": lambda g: image_encoder.draw_examples(8, g, CPU),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_chunk_depends_on_its_number_only(name: str) -> None:
+    """Else a resumed run would draw another one again."""
+    torch.manual_seed(1)
+    one = DRAWN[name](generator_for(0, 5))
+    torch.manual_seed(2)
+    other = DRAWN[name](generator_for(0, 5))
+    assert all(torch.equal(other[key], tensor) for key, tensor in one.items())
 
 
 def test_damage_keeps_shape_and_range_and_some_pictures_nearly_clean() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -58,6 +59,10 @@ def test_a_place_that_takes_no_figures_is_refused_before_any_work(
     words = [*SMALL, "--config", str(tmp_path / "tiny.toml"), "--json", str(tmp_path)]
     assert main(["evaluate", *words]) == 2
     assert "is a folder" in caplog.text
+    os.mkfifo(tmp_path / "pipe")
+    words[-1] = str(tmp_path / "pipe")
+    assert main(["evaluate", *words]) == 2
+    assert "pipe is no file" in caplog.text
     words[-1] = str(tmp_path / "tiny.toml" / "figures.json")  # a file cannot hold files
     assert main(["evaluate", *words]) == 2
     assert "you may write there" in caplog.text

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from difflora_core.errors import DiffLoRAError
+from training import budget
 from training.example_pool import Pool
 from training.loop import Interrupted, OutOfTime, Trainer, TrainingDiverged, lr_factor
 from training.run_config import OptimConfig, RunConfig
@@ -91,6 +92,26 @@ def test_time_limit_stops_with_a_checkpoint(tmp_path: Path) -> None:
     assert [p.name for p in job.folder.checkpoints()] == ["step_00000001"]
 
 
+@pytest.mark.parametrize(("minutes", "limit"), [(1e-5, 0.0), (1e-5, 1.0), (1.0, 1e-9), (0.0, 1e-9)])
+def test_own_minutes_end_a_training_and_those_of_the_run_interrupt_it(
+    tmp_path: Path, minutes: float, limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "_planned_steps", lambda *_: 10**6)
+    job, run = Job(tmp_path), dataclasses.replace(RUN, max_minutes=limit)
+    optim = dataclasses.replace(OPTIM, steps=10**6)
+
+    def step_at_which_it_ends() -> int:
+        return budget.train(
+            {"m": job.model}, optim, run, job.folder, job.step, batch=16, minutes=minutes
+        ).step
+
+    if minutes == 1e-5:
+        assert 0 < step_at_which_it_ends() < 10**6
+    else:
+        with pytest.raises(OutOfTime):
+            step_at_which_it_ends()
+
+
 def test_damaged_newest_checkpoint_is_skipped(tmp_path: Path) -> None:
     job = Job(tmp_path)
     job.trainer.fit(job.step)
@@ -118,7 +139,8 @@ def test_a_folder_takes_one_run_at_a_time(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path, "job")
     left = folder.part("model").path / "checkpoints" / ".step_00000004.1234"
     left.mkdir(parents=True)
-    with folder.held():
+    held = folder.held()
+    with held:
         assert not left.exists()
         with pytest.raises(DiffLoRAError, match=r"Another run is at work in .*job"), folder.held():
             pass

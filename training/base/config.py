@@ -117,7 +117,6 @@ class UnetConfig:
     """Optimiser of U-Net and text encoder together."""
 
     def __post_init__(self) -> None:
-        """Errors: ValueError for weights that are not one for each of the world's styles."""
         at_least(0, self, "styles", "minutes")
         at_least(1, self, "batch", "pool", "measured")
         if self.styles and (len(self.styles) != len(STYLES) or not any(self.styles)):

@@ -155,7 +155,7 @@ class ControlnetConfig:
     """Optimiser."""
 
     def __post_init__(self) -> None:
-        at_least(0, self, "sample_every")
+        at_least(0, self, "sample_every", "seeds")
         at_least(1, self, "batch", "pool", "check", "paint_steps")
         last = round(1000 / self.paint_steps) - 1  # as repaint.py spaces them
         if last > self.from_step:

@@ -20,6 +20,7 @@ from ..base.noise import NoiseSchedule
 from ..base.picture_decoder import PictureDecoder
 from ..budget import train
 from ..config import Config
+from ..run_config import with_seed
 from ..run_folder import RunFolder
 from . import record
 from .base_model import BaseModel, open_base
@@ -158,7 +159,7 @@ def train_control(
         predicted = predict_noise(base, control, noisy, t, context)
         return loss.losses(batch, noisy, predicted, noise, t, weight)
 
-    run = replace(config.run, seed=config.run.seed + seed)
+    run = with_seed(config.run, seed)
     modules = {"control": control}
     trainer = train(modules, settings.optim, run, folder, step, batch=settings.batch)
     control.load_state_dict(trainer.averaged("control"))

@@ -26,6 +26,9 @@ class DetectorConfig:
     canvases: tuple[int, ...] = (128, 192, 256, 320, 640)
     """Sides of the square training pictures, drawn in turn; multiples of 32."""
 
+    def __post_init__(self) -> None:
+        at_least(1, self, "batch")
+
 
 @dataclass(frozen=True)
 class RecogniserTraining:
@@ -48,6 +51,9 @@ class RecogniserTraining:
     function of the embedding, and cosines of embeddings like those of the factors."""
     damage: float = 1.0
     """Strength of the damage done to training pictures."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "batch", "people")
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,9 @@ class ImageEncoderTraining:
     embedding: int = 128
     """Length of the shared embedding."""
 
+    def __post_init__(self) -> None:
+        at_least(1, self, "batch")
+
 
 @dataclass(frozen=True)
 class AttributesTraining:
@@ -84,6 +93,9 @@ class AttributesTraining:
     """Pictures per step."""
     widths: tuple[int, ...] = (24, 48, 80, 128)
     """Channels of the stages; the first is at half the resolution."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "batch")
 
 
 @dataclass(frozen=True)
@@ -99,6 +111,9 @@ class SelfSupervisedTraining:
     temperature: float = 0.1
     """Of the contrastive loss."""
 
+    def __post_init__(self) -> None:
+        at_least(1, self, "batch")
+
 
 @dataclass(frozen=True)
 class LandmarksTraining:
@@ -108,6 +123,9 @@ class LandmarksTraining:
     """Optimiser; steps is the most that minutes allows."""
     batch: int = 384
     """Faces per step."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "batch")
 
 
 @dataclass(frozen=True)
@@ -148,5 +166,3 @@ class EncodersConfig:
     def __post_init__(self) -> None:
         at_least(0, self, "minutes")
         at_least(1, self, "pool", "chunk", "reuse", "check_people")
-        for name in NAMES:
-            at_least(1, getattr(self, name), "batch")

@@ -54,7 +54,7 @@ def train_landmarks(config: EncodersConfig, run: RunConfig, folder: RunFolder) -
 def draw_examples(count: int, generator: torch.Generator, device: torch.device) -> Examples:
     """Pictures of one to three people, and the box and points of one of them."""
     drawn = render(sample_scenes(count, generator, people="mixed", device=device))
-    one = somebody(drawn)
+    one = somebody(drawn, generator)
     return {
         "images": as_bytes(drawn.images),
         "boxes": drawn.boxes[one],

@@ -106,7 +106,7 @@ def draw_examples(
     """Aligned crops with some room around them: images, person (seed), factors."""
     scene, seeds = people_scenes(count, generator, device, people="mixed", population=population)
     drawn = render(scene, DRAWN_SIZES[chunk % len(DRAWN_SIZES)])
-    one = somebody(drawn)
+    one = somebody(drawn, generator)
     crops = roomy_crops(drawn.images, drawn.landmarks[one])
     return {
         "images": as_bytes(crops),

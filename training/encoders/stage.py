@@ -8,9 +8,7 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
@@ -23,6 +21,7 @@ from difflora_core.recogniser import ConvNeXtConfig, IResNetConfig
 from ..artifacts import artifacts_folder, record_artifact, save_artifact
 from ..config import Config
 from ..loop import Interrupted
+from ..run_config import with_seed
 from ..run_folder import RunFolder
 from .attributes import train_attribute_heads, train_self_supervised
 from .config import NAMES
@@ -81,16 +80,12 @@ def _train_at_once(config: Config, folder: RunFolder) -> None:
         context.Process(target=_work, args=(name, config, folder.path), name=name)
         for name in config.encoders.only
     ]
-    with ending_with_this(workers):
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-    if any(worker.exitcode in _STOPPED for worker in workers):
-        raise Interrupted(f"{folder.name} stopped")
-    failed = [worker.name for worker in workers if worker.exitcode]
+    run_together(workers)
+    failed = [worker.name for worker in workers if worker.exitcode not in (0, *_STOPPED)]
     if failed:
         raise DiffLoRAError(f"Training failed for {', '.join(failed)}; see the messages above.")
+    if any(worker.exitcode for worker in workers):
+        raise Interrupted(f"{folder.name} stopped")
 
 
 def _work(name: str, config: Config, path: Path) -> None:
@@ -98,23 +93,31 @@ def _work(name: str, config: Config, path: Path) -> None:
     try:
         train_one(name, config, path)
     except (Interrupted, KeyboardInterrupt) as stop:
-        logger.warning("%s", stop or f"{name} stopped")
+        logger.warning("%s", str(stop) or f"{name} stopped")
         sys.exit(_STOPPED[0])
 
 
-@contextmanager
-def ending_with_this(workers: Sequence[BaseProcess]) -> Iterator[None]:
-    """Pass SIGTERM and Ctrl-C on, so that workers save; else they would train on alone."""
+def run_together(workers: Sequence[BaseProcess]) -> None:
+    """Start the processes and wait for all. They get SIGTERM and Ctrl-C passed on, so that they
+    save; without it they would train on alone.
+    """
+    told: list[int] = []
 
     def end(number: int, frame: FrameType | None) -> None:
+        told.append(number)
         for worker in workers:
-            if worker.is_alive():
+            if worker.pid is not None and worker.is_alive():
                 worker.terminate()
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(number, end) for number in numbers]
     try:
-        yield
+        for worker in workers:
+            worker.start()
+            if told:  # perhaps before this one could be found
+                worker.terminate()
+        for worker in workers:
+            worker.join()
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
@@ -136,8 +139,7 @@ def _recogniser(config: Config, folder: RunFolder) -> Figures:
 
 
 def _metric_recogniser(config: Config, folder: RunFolder) -> Figures:
-    settings, seed = config.encoders.metric_recogniser, config.run.seed + _METRIC_SEED
-    run = replace(config.run, seed=seed)
+    settings, run = config.encoders.metric_recogniser, with_seed(config.run, _METRIC_SEED)
     model = train_recogniser(config.encoders, settings, ConvNeXtConfig(), run, folder)
     model.save(artifacts_folder(config) / "metric_recogniser.safetensors", overwrite=True)
     return measure_recogniser(model, config.encoders.check_people, config.run.seed)

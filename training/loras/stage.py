@@ -22,7 +22,7 @@ from .teacher import SUBJECT, train_loras
 
 logger = logging.getLogger(__name__)
 GROUP_ON_CUDA = 64
-"""artifacts of the model that LoRAs are trained on"""
+"""people trained together"""
 
 
 def lora_space(config: LorasConfig) -> LoraSpace:
