@@ -64,8 +64,3 @@ def fit_calibration(same: Tensor, different: Tensor, steps: int = 100) -> Calibr
 def cosine(first: Tensor, second: Tensor) -> Tensor:
     """Cosine of embeddings [..., D]; raw or normalised."""
     return F.cosine_similarity(first.float(), second.float(), dim=-1)
-
-
-def mean_embedding(embeddings: Tensor) -> Tensor:
-    """The direction that stands for several pictures [N, D] of one person: [D], length 1."""
-    return F.normalize(F.normalize(embeddings.float(), dim=-1).mean(0), dim=-1)

@@ -162,6 +162,15 @@ class LoraSpace:
             {},
         )
 
+    def strengthened(self, vectors: Tensor, strength: float) -> Tensor:
+        """Vectors [B, D] whose differences are `strength` times as large: B alone is multiplied."""
+        if not self.predicts_down:
+            return vectors * strength
+        result = vectors.clone()
+        for spec, part in zip(self.layers, result.split(self.counts, dim=-1), strict=True):
+            part[..., : self.rank * spec.out_features] *= strength
+        return result
+
     def unpack_ups(self, vectors: Tensor) -> dict[str, Tensor]:
         """vectors [B, D] -> B matrices name -> [B, out, r]: views, differentiable."""
         return {name: up for name, (_, up) in self._split(vectors).items()}

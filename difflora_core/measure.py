@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .errors import NoFaceFound
 from .face import Face, FaceEncoder
-from .likeness import Calibration, cosine, mean_embedding
+from .likeness import Calibration, cosine
 from .photos import Pixels
 from .recogniser import Recogniser
 
@@ -32,7 +32,11 @@ class Likeness:
     number: int
     """1 for the first picture."""
     cosine: float | None
-    """-1..1, of the face most like the person; None where no face was found."""
+    """-1..1, mean over the photos, of the face most like the person; None where no face was found.
+
+    Not the cosine to the photos' mean direction: that is higher the more photos there are, while
+    percentages are calibrated on pairs of pictures.
+    """
     percent: float
     """0..100; 0 where no face was found."""
 
@@ -55,11 +59,11 @@ def measure(
             "No face was found in the photos to compare with.",
             hint="Connect the photos that the person was encoded from.",
         )
-    person = mean_embedding(torch.stack(known))
+    person = torch.stack(known)
     calibration = (judge.config.calibration if judge else None) or ARCFACE
     found = []
     for number, picture in enumerate(pictures, start=1):
-        scores = [float(cosine(e, person)) for e in embeddings(picture, encoder, judge)]
+        scores = [float(cosine(e, person).mean()) for e in embeddings(picture, encoder, judge)]
         best = max(scores, default=None)
         percent = 0.0 if best is None else calibration.percent(best)
         found.append(Likeness(number, best, percent))

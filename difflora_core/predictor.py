@@ -124,7 +124,7 @@ class Predictor(nn.Module):
         condition = self._condition_of(features, candidates)
         noise = seeded_noise(self.latent_shape, seed, range(candidates)).to(self.device)
         latents = self.sample_latents(noise, condition, options, progress)
-        vectors = self.decode(latents) * options.strength
+        vectors = self.space.strengthened(self.decode(latents), options.strength)
         if not vectors.isfinite().all():
             raise BadWeightsFile(
                 "The predictor gave numbers that are not finite.",

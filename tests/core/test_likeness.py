@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from difflora_core.likeness import fit_calibration, mean_embedding
+from difflora_core.likeness import fit_calibration
 
 
 def test_two_normal_distributions_give_the_known_logistic() -> None:
@@ -28,8 +28,3 @@ def test_percent_rises_from_0_to_100() -> None:
     values = [fit.percent(c / 10) for c in range(-10, 11)]
     assert values == sorted(values)
     assert values[0] < 1 and values[-1] > 99 and math.isfinite(fit.slope)
-
-
-def test_mean_embedding_counts_directions_not_lengths() -> None:
-    mean = mean_embedding(torch.tensor([[100.0, 0.0], [0.0, 1.0]]))
-    assert mean.tolist() == pytest.approx([0.5**0.5, 0.5**0.5])

@@ -125,6 +125,15 @@ def test_options_change_what_they_name():
     assert json.loads(json.dumps(many.report)) == many.report
 
 
+@pytest.mark.parametrize("gauge", ["frozen_down", "shared_init", "svd", "free"])
+def test_strength_multiplies_the_difference_whatever_is_predicted(gauge):
+    p, features = tiny_predictor(space=dataclasses.replace(SPACE, gauge=gauge)), tiny_features()
+    plain, other = (p.predict(features, seed=1, strength=s) for s in (1.0, -1.5))
+    for x, y in zip(other.lora, plain.lora, strict=True):
+        torch.testing.assert_close(x.delta(), -1.5 * y.delta())
+    assert other.report["spread"] == pytest.approx(plain.report["spread"])
+
+
 def test_missing_face_or_image_is_taken_as_missing():
     p, features = tiny_predictor(), tiny_features()
     both = p.predict(features, seed=1).lora

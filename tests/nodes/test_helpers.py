@@ -110,6 +110,20 @@ def test_likeness_by_hand() -> None:
     assert [likeness.number for likeness in best_first(found)] == [3, 1, 2]
 
 
+def test_more_photos_are_no_reason_for_more_likeness() -> None:
+    """The same two photos twice, and the mean of what each says alone."""
+    pictures, photos = painted((255, 100, 0)), painted((255, 0, 0), (0, 255, 0))
+
+    def likeness(photos: list[np.ndarray]) -> float:
+        (found,) = measure(pictures, photos, OneFace())  # type: ignore[arg-type]
+        assert found.cosine is not None
+        return found.cosine
+
+    alone = [likeness([photo]) for photo in photos]
+    assert likeness(photos) == pytest.approx(sum(alone) / 2)
+    assert likeness(photos * 2) == pytest.approx(likeness(photos))
+
+
 def test_half_way_means_fifty_percent() -> None:
     assert Calibration(0.4, 10, 0.7, 0.1, 0, 0.1).percent(0.4) == pytest.approx(50)
 

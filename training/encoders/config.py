@@ -153,7 +153,7 @@ class EncodersConfig:
     recogniser: RecogniserTraining = field(default_factory=RecogniserTraining)
     """The recogniser that predictors are conditioned on; it goes into the face pack."""
     metric_recogniser: RecogniserTraining = field(default_factory=RecogniserTraining)
-    """The recogniser that only measures: another architecture, another seed, other teachers."""
+    """The recogniser that only measures: of another build, on other pictures of the same people."""
     image_encoder: ImageEncoderTraining = field(default_factory=ImageEncoderTraining)
     """The image-text model."""
     attribute_heads: AttributesTraining = field(default_factory=AttributesTraining)

@@ -1,1 +1,1 @@
-"""Likeness, prompt and picture measures on people and prompts that no stage trains on."""
+"""Likeness, prompt and picture measures on held-out people and prompts: see protocol."""

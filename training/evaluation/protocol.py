@@ -1,7 +1,8 @@
 """Who and what is evaluated: people, photos, references and prompts, all drawn from one seed.
 
-People come from the test range of identity seeds and prompts from the held-out combinations of
-attributes, so no training stage has seen either, whatever the seed.
+People come from the test range of identity seeds, which no training stage sees. Prompts are written
+for held-out combinations of attributes, which neither base model nor predictor is trained on; but a
+prompt mentions some of its attributes only, so most could also be of a combination that is.
 """
 
 from __future__ import annotations

@@ -94,9 +94,10 @@ def base(bench: Bench) -> Personalised:
 
 
 def average_lora(bench: Bench) -> Personalised:
-    """The mean LoRA of the training set: what a predictor that ignores its photo would give.
+    """The mean LoRA of the training set, which knows what people share and nobody in particular.
 
-    Without the set at hand, the mean that the predictor's file holds.
+    Without the set at hand, the mean that the predictor's file holds: of the set that its
+    autoencoder was trained on, which end-to-end training leaves as it is.
     """
     people = len(bench.seeds)
     try:

@@ -87,7 +87,8 @@ def sample_scenes(
         identity: [n, P, 20]; drawn uniformly when absent.
         fixed: attribute name -> value name, or indices [n] (or [n, P]); the rest is drawn.
         weights: attribute name -> how likely its values are, in place of the vocabulary's WEIGHTS.
-        split: "train" never draws a held-out combination of attributes, "test" only those.
+        split: "train" never draws a held-out combination of attributes, "test" only those; it says
+            nothing where attributes are fixed.
 
     Raises:
         KeyError, ValueError: for an attribute or value that the vocabulary lacks.

@@ -30,13 +30,13 @@ def calibrate(config: Config, predictor: Predictor) -> dict[str, float]:
     """Set `predictor.config.sampling.strength`; returns what was measured.
 
     The highest similarity wins among the strengths whose prompt accuracy stays within
-    `lost_accuracy` of the base model's.
+    `lost_accuracy` of the base model's, else the mildest is taken.
     """
     trial = _Trial(config, predictor)
     floor = trial.base_accuracy() - config.predictor.calibration.lost_accuracy
     scores = {s: trial.score(s) for s in config.predictor.calibration.strengths}
     good = [s for s, (_, accuracy) in scores.items() if accuracy >= floor]
-    best = max(good or list(scores)[:1], key=lambda s: scores[s][0])
+    best = max(good or [min(scores)], key=lambda s: scores[s][0])
     for strength, (similarity, accuracy) in scores.items():
         logger.info("strength %g: similarity %.3f, prompts %.3f", strength, similarity, accuracy)
     sampling = dataclasses.replace(predictor.config.sampling, strength=best)

@@ -2,8 +2,8 @@
 
 The loss is the U-Net's own denoising loss on other pictures of the person in the photo, with the
 face term of the mask-aware loss beside it, so no LoRA data set limits how many people it sees. The
-predictor is trained on its own few-step sampling: a random number of steps without gradient, then
-one with.
+predictor is trained on its own few-step sampling: some steps without gradient, in turn from none to
+all but the last, then one with.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ def weight_preserved_loss(predicted: Tensor, target: Tensor, emphasis: float = 1
     DiffLoRA (arXiv 2408.06740) adds a "weight-preserved" loss so that weights of large magnitude
     are reconstructed better; its formula is not public. Our reading: every squared error is
     weighted by 1 + emphasis * |target| / mean |target|, the mean taken over each LoRA. emphasis 0
-    is the plain mean squared error.
+    is the plain mean squared error. Stage train-autoencoder gives it standardised values: what
+    counts is how far a weight lies from the average LoRA's, not how large it is.
     """
     magnitude = target.abs()
     relative = magnitude / magnitude.mean(-1, keepdim=True).clamp_min(TINY)
