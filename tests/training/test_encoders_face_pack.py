@@ -34,7 +34,7 @@ from training.run_config import RunConfig
 pytest.importorskip("insightface")
 pytest.importorskip("onnx")
 
-STEPS = 200
+STEPS = 300
 
 
 def pixels(image: torch.Tensor) -> np.ndarray:
@@ -51,7 +51,7 @@ def examples() -> Examples:
 
 @pytest.fixture(scope="module")
 def memorised(examples: Examples) -> Detector:
-    """A detector that knows six pictures by heart (about fifteen seconds)."""
+    """A detector that knows six pictures by heart (about twenty seconds)."""
     torch.manual_seed(0)
     detector = Detector((8, 16, 24, 32, 32), 24)
     optimiser = torch.optim.Adam(detector.parameters(), lr=5e-3)
@@ -186,10 +186,10 @@ def test_shipped_pack_knows_people_in_larger_pictures(side: int) -> None:
     """Enlarged, faces fill more of the detector's field than it places well in one look."""
     unit, images, _ = shipped_embeddings()
     encoder = FaceEncoder.open(SHIPPED_PACK)
-    large = F.interpolate(images[::3].float(), (side, side), mode="bicubic").clamp(0, 255)
+    large = F.interpolate(images.float(), (side, side), mode="bicubic").clamp(0, 255)
     faces = [encoder.face(image.permute(1, 2, 0).round().byte().numpy()) for image in large]
     seen = torch.from_numpy(np.stack([face.unit_embedding for face in faces]))
-    assert (seen * unit[:, 0]).sum(-1).mean() > 0.8
+    assert (seen * unit.flatten(0, 1)).sum(-1).mean() > 0.8
 
 
 @shipped
