@@ -52,11 +52,12 @@ def test_first_light_runs_on_random_weights(
 def test_first_light_draws_the_person(
     host: Host, shipped_world: Path, first_light: dict[str, Any]
 ) -> None:
-    base, person = outputs(first_light, "DiffLoRA_Likeness", slot=1)
+    base, person = outputs(first_light, "DiffLoRA_Likeness", slot=2)
     crops = outputs(first_light, "DiffLoRA_EncodeFaceFeatures", slot=1)[0]
     values = host.run(keep(first_light, base=base, person=person, crops=crops))
     assert values["crops"].shape[0] == 1
-    assert values["person"] > 50 > values["base"]
+    # over all four: the best of four strangers may well look like anybody
+    assert mean_percent(values["person"]) > 50 > mean_percent(values["base"])
 
 
 def test_guidance_makes_the_same_seed_resemble_the_person(host: Host, shipped_world: Path) -> None:
