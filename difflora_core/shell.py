@@ -77,7 +77,7 @@ def check_free(path: Path, overwrite: bool, *suffixes: str) -> None:
     others are given. Errors: BadWeightsFile.
     """
     known = suffixes or (".safetensors",)
-    if path.suffix.lower() not in known:
+    if (path.suffix.lower() if suffixes else path.suffix) not in known:
         raise BadWeightsFile(f"{path.name} must end in {' or '.join(known)}.")
     _refuse_name(path)
     if os.path.exists(path) and not overwrite:  # unlike Path.exists, false where nobody may look

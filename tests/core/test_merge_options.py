@@ -106,5 +106,7 @@ def test_places_of_results_are_checked_before_any_work(tmp_path: Path) -> None:
     check_free(taken, overwrite=True)
     with pytest.raises(BadWeightsFile, match="exists already"):
         check_free(taken, overwrite=False)
-    with pytest.raises(BadWeightsFile, match=r"must end in \.safetensors"):
-        check_free(tmp_path / "a.ckpt", overwrite=True)
+    for name in ("a.ckpt", "a.SAFETENSORS"):  # as the writing of files will judge
+        with pytest.raises(BadWeightsFile, match=r"must end in \.safetensors"):
+            check_free(tmp_path / name, overwrite=True)
+    check_free(tmp_path / "a.PNG", False, ".png", ".jpg")
