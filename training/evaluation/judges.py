@@ -1,8 +1,8 @@
 """The networks that look at pictures for the measures, and those that predictors see through.
 
 Faces are measured by a recogniser of its own (other architecture, seed and pictures than the one
-that conditions, but the same people and the same teachers: the identity factors), and
-prompts, pictures and variety by networks that no painter was trained with.
+that conditions, but the same people and the same teachers: the identity factors), and prompts,
+pictures and variety by networks that no painter was trained with.
 """
 
 from __future__ import annotations

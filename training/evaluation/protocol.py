@@ -1,8 +1,9 @@
 """Who and what is evaluated: people, photos, references and prompts, all drawn from one seed.
 
 People come from the test range of identity seeds, which no training stage sees. Prompts are written
-for held-out combinations of attributes, which neither base model nor predictor is trained on; but a
-prompt mentions some of its attributes only, so most could also be of a combination that is.
+for held-out combinations of attributes, which the base model is not trained on (albums of photos,
+for teachers and predictors, show all); but a prompt mentions some of its attributes only, so most
+could also be of a combination that is.
 """
 
 from __future__ import annotations
