@@ -64,6 +64,11 @@ def _wall(c: Canvas, rgb: tuple[float, float, float], t: list[Tensor]) -> None:
     c.shade(0.84 + 0.16 * lamp + 0.1 * (t[1] - 0.5))
 
 
+def _corner(where: Tensor) -> Tensor:
+    """x of what stands in the sky, left or right of heads; where in 0..1."""
+    return 13 + 10 * where + 92 * (where > 0.5)
+
+
 def _beach(c: Canvas, t: list[Tensor]) -> None:
     _gradient(c, (0.36, 0.66, 0.93), (0.8, 0.92, 0.98))
     horizon = 58 + 10 * t[0]
@@ -71,7 +76,7 @@ def _beach(c: Canvas, t: list[Tensor]) -> None:
     foam = (torch.remainder(c.y + torch.sin(c.x / 7 + 6 * t[1]), 8.0) - 4).abs() - 0.5
     _fill(c, soft(foam, 1.0) * (c.y > horizon) * 0.5, (0.85, 0.95, 1.0))
     _fill(c, _hills(c, horizon + 26, 2.0, 20.0, t[2]), (0.93, 0.83, 0.6))
-    _fill(c, soft(circle(c.x - 20 - 88 * t[3], c.y - 18, 9.0), 1.5), (1.0, 0.96, 0.7))
+    _fill(c, soft(circle(c.x - _corner(t[3]), c.y - 16, 9.0), 1.5), (1.0, 0.96, 0.7))
 
 
 def _forest(c: Canvas, t: list[Tensor]) -> None:
@@ -101,7 +106,7 @@ def _mountains(c: Canvas, t: list[Tensor]) -> None:
 
 def _city(c: Canvas, t: list[Tensor]) -> None:
     _gradient(c, (0.05, 0.06, 0.18), (0.22, 0.16, 0.36))
-    _fill(c, soft(circle(c.x - 20 - 88 * t[0], c.y - 17, 6.5), 1.0), (0.95, 0.94, 0.82))
+    _fill(c, soft(circle(c.x - _corner(t[0]), c.y - 15, 6.5), 1.0), (0.95, 0.94, 0.82))
     for k, (wide_, base, tone) in enumerate(((19.0, 34.0, 0.16), (27.0, 52.0, 0.09))):
         x = c.x + wide_ * t[1 + k]
         block = torch.floor(x / wide_)

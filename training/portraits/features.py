@@ -13,7 +13,7 @@ from .canvas import Canvas, Window, bow, circle, cover, ellipse, rotate, soft, w
 EYE_OPENING = (1.0, 0.86, 0.62, 0.84, 0.72, 1.4)
 BROW_LIFT = (0.0, 0.4, 0.9, 0.3, -2.0, 3.2)
 BROW_SLANT = (0.0, 0.0, -0.05, -0.4, 0.42, 0.0)  # positive = inner end down
-MOUTH_BEND = (-0.1, -3.4, -3.0, 3.2, 1.5, 0.0)  # negative = corners up
+MOUTH_BEND = (-0.1, -3.4, -3.0, 3.2, 1.5, 3.0)  # negative = corners up
 MOUTH_STRETCH = (1.0, 1.2, 1.22, 0.88, 0.9, 0.6)
 MOUTH_OPENING = (0.0, 0.0, 7.5, 0.0, 0.0, 6.2)
 LIP = (0.76, 0.3, 0.3)
@@ -150,11 +150,10 @@ def _mouth_opening(
     window: Canvas, u: Tensor, v: Tensor, line: Tensor, floor: Tensor, opening: Tensor,
     inside_width: Tensor, pixel: Tensor,
 ) -> None:  # fmt: skip
-    gap = torch.maximum(torch.maximum(line - v, v - floor), inside_width)
-    gap = cover(gap, pixel) * (opening > 0)
+    hole = torch.maximum(torch.maximum(line - v, v - floor), inside_width)
+    gap = cover(hole, pixel) * (opening > 0)
     device, n = u.device, len(u)
     window.paint(gap, torch.tensor([0.25, 0.05, 0.06], device=device).expand(n, 3))
-    tongue = soft(ellipse(u, v - floor, 5.0, 2.6), 1.0) * (opening > 7)
-    window.paint(gap * tongue, torch.tensor([0.82, 0.36, 0.38], device=device).expand(n, 3))
-    teeth = cover(v - line - 2.3, pixel) * (opening > 7)
-    window.paint(gap * teeth, torch.tensor([0.97, 0.96, 0.93], device=device).expand(n, 3))
+    # a whole grin of teeth: rows of teeth, gap, tongue and lips read as two mouths at 128 px
+    teeth = cover(hole + 0.8, pixel) * (opening > 7)
+    window.paint(teeth, torch.tensor([0.97, 0.96, 0.93], device=device).expand(n, 3))

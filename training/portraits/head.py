@@ -29,7 +29,7 @@ def draw_neck(canvas: Canvas, who: Anatomy, pose: Pose) -> Tensor:
     u, v = pose.body(canvas.x, canvas.y)
     half = 7.2 + 0.16 * who.width
     shape = cover(box(u, v - 33, half, 15.0, 4.0), canvas.pixel * pose.scale)
-    shadow = 1 - 0.3 * soft(v - who.height - 5, 9.0)
+    shadow = 1 - 0.45 * soft(v - who.height - 5, 9.0)
     canvas.paint(shape, who.skin[:, :, None, None] * (0.92 * shadow).unsqueeze(1))
     return shape
 

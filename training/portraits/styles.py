@@ -67,7 +67,7 @@ def _sketch(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
     shade = 0.37 + 0.6 * grey + (grey - blur(grey[:, None], 4)[:, 0])
     hatch = torch.sin((c.x + c.y) * 1.5 + 6.28 * wide(texture[:, 6]))
     tone = (0.97 - shade).clamp(0, 1) * (1 + 0.12 * hatch)
-    line = (_outline(grey) * 0.5 - 0.08).clamp(0, 0.5)
+    line = (_outline(grey) * 0.9 - 0.08).clamp(0, 0.6)
     ink = (line * (1 - tone) + tone).clamp(0, 0.95)  # lines that add up would fill eyes with black
     paper = torch.tensor([0.97, 0.96, 0.92], device=grey.device)[:, None, None]
     return paper * (1 - ink[:, None]) + 0.06 * ink[:, None]
@@ -92,6 +92,6 @@ def _painting(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
 
 def _cartoon(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
     grey = c.image.mean(1, keepdim=True)
-    vivid = (grey + (c.image - grey) * 1.4) * 0.8 + 0.2
-    line = (_outline(luminance(blur(c.image, 1))) * 3 - 0.3).clamp(0, 0.6)
+    vivid = (grey + (c.image - grey) * 1.5) * 0.88 + 0.12
+    line = (_outline(luminance(blur(c.image, 1))) * 4 - 0.3).clamp(0, 0.8)
     return vivid * (1 - line[:, None])

@@ -15,10 +15,10 @@ CLOTH_COLOURS = (
 )  # fmt: skip
 ACCENTS = (
     (0.16, 0.15, 0.18),
-    (0.5, 0.12, 0.14),
+    (0.62, 0.24, 0.26),
     (0.14, 0.3, 0.5),
     (0.3, 0.36, 0.22),
-    (0.62, 0.45, 0.25),
+    (0.42, 0.2, 0.5),
 )
 GOLD = (0.93, 0.76, 0.25)
 #: half width, half height and corner radius of a lens, in units of the head
@@ -45,6 +45,7 @@ def draw_body(canvas: Canvas, who: Anatomy, pose: Pose, kind: Tensor, colour: Te
         wide(kind == _KIND["sweater"])[:, None], _striped(surface, v, cloth), surface
     )
     canvas.paint(shape, surface)
+    canvas.paint(0.5 * cover(torso.abs() - 0.5, canvas.pixel * pose.scale), cloth * 0.4)
     return shape
 
 
@@ -144,9 +145,11 @@ def draw_accessory(
     return total
 
 
-def _lenses(u: Tensor, v: Tensor, who: Anatomy, pose: Pose) -> Tensor:
-    left = box(u - pose.turned(-who.eye_x), v - who.eye_y, *LENS)
-    right = box(u - pose.turned(who.eye_x), v - who.eye_y, *LENS)
+def _lenses(
+    u: Tensor, v: Tensor, who: Anatomy, pose: Pose, half: Tensor | float = LENS[0]
+) -> Tensor:
+    left = box(u - pose.turned(-who.eye_x), v - who.eye_y, half, *LENS[1:])
+    right = box(u - pose.turned(who.eye_x), v - who.eye_y, half, *LENS[1:])
     return torch.minimum(left, right)
 
 
@@ -172,7 +175,8 @@ def _glasses(c: Canvas, pose: Pose, who: Anatomy, colour: Tensor) -> Tensor:
 
 def _sunglasses(c: Canvas, pose: Pose, who: Anatomy, colour: Tensor) -> Tensor:
     u, v = pose.head(c.x, c.y)
-    lenses = _lenses(u, v, who, pose)
+    apart = who.eye_x * (1 - 0.16 * pose.yaw.abs()) - 1.6  # near eyes, too, leave a bridge
+    lenses = _lenses(u, v, who, pose, apart.clamp(max=LENS[0]))
     px = c.pixel * pose.scale
     glass = cover(lenses, px)
     tint = 0.01 + 0.05 * ((v - who.eye_y + 6) / 12).clamp(0, 1)
@@ -189,10 +193,12 @@ def _hat(c: Canvas, pose: Pose, who: Anatomy, colour: Tensor) -> Tensor:
     crown = torch.maximum(ellipse(u, v - rim, who.width + 4.5, 24.0), v - rim)
     brim = ellipse(u - 2 * pose.yaw, v - rim, who.width + 13.0, 4.6)
     c.paint(cover(crown, px), colour)
-    band = torch.maximum(crown, rim - 5.5 - v)
-    c.paint(cover(band, px), colour * 0.5)
-    c.paint(cover(brim, px), (colour * 0.85).clamp(0, 1))
-    return cover(torch.minimum(crown, brim), px)
+    band = torch.maximum(crown, rim - 9.0 - v)
+    c.paint(cover(band, px), colour * 0.3 + 0.6)  # a light ribbon: black hats are seen at night
+    c.paint(cover(brim, px), colour * 0.85)
+    hat = torch.minimum(crown, brim)
+    c.paint(0.6 * cover(hat.abs() - 0.5, px), colour * 0.3)
+    return cover(hat, px)
 
 
 def _scarf(c: Canvas, pose: Pose, who: Anatomy, colour: Tensor) -> Tensor:
@@ -200,13 +206,11 @@ def _scarf(c: Canvas, pose: Pose, who: Anatomy, colour: Tensor) -> Tensor:
     px = c.pixel * pose.scale
     wrap = torch.maximum(bow(u, v - 38.5, 21.0, 8.5, -4.0), u.abs() - 19.5)
     tail = box(u - 9, v - 56, 5.0, 15.0, 1.5)
-    knitted = (colour * 0.75 + 0.25 * torch.tensor([0.9, 0.5, 0.3], device=u.device))[
-        :, :, None, None
-    ]
-    weave = 1 - 0.2 * soft((torch.remainder(u + v * 0.4, 5.0) - 2.5).abs() - 1, 0.8)
     shape = cover(torch.minimum(wrap, tail), px)
-    c.paint(shape, knitted * weave.unsqueeze(1))
-    c.paint(0.5 * cover(wrap.abs() - 0.5, px), colour * 0.35)
+    c.paint(shape, colour * 0.75 + 0.1)
+    stripe = torch.minimum(bow(u, v - 38.5, 21.0, 2.4, -4.0), (v - 64).abs() - 2.0)
+    c.paint(shape * cover(stripe, px), colour * 0.4 + 0.55)  # of one colour it looks like a neck
+    c.paint(0.7 * cover(wrap.abs() - 0.7, px), colour * 0.3)
     return shape
 
 
@@ -217,7 +221,9 @@ def _headphones(c: Canvas, pose: Pose, who: Anatomy, colour: Tensor) -> Tensor:
     arc = torch.maximum(arc, v + 2)
     cups = box(u.abs() - who.width - 3.2, v - 2, 5.2, 9.0, 4.0)
     shape = cover(torch.minimum(arc, cups), px)
-    c.paint(shape, colour * 0.8)
+    c.paint(shape, colour * 0.3)
+    inner = cover(torch.minimum(arc + 1.5, cups + 2.0), px)
+    c.paint(inner, 0.25 * colour + 0.7)
     return shape
 
 
