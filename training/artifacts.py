@@ -12,8 +12,8 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,16 @@ def artifact(config: Config, name: str, shipped: Path | None = None) -> Path:
     raise MissingArtifact(
         f"There is no {name} yet, neither in {config.run.root} nor shipped.", hint=hint
     )
+
+
+def digests(config: Config, names: Iterable[str]) -> dict[str, str]:
+    """File name -> first digits of its sha256, of those artifacts that exist."""
+    found = {}
+    for name in names:
+        with suppress(MissingArtifact):
+            path = artifact(config, name)
+            found[path.name] = sha256(path)[:16]
+    return found
 
 
 def artifacts_folder(config: Config) -> Path:

@@ -27,6 +27,7 @@ from .artifacts import artifact
 from .base.painter import Painter
 from .config import Config
 from .evaluation.judges import Judges, to_pixels
+from .evaluation.metrics import reference_similarity
 from .evaluation.protocol import TRIGGER, draw_photos, personal
 from .evaluation.sheet import save_sheet
 from .loras.stage import lora_space
@@ -119,13 +120,14 @@ class _People:
         return self.painter.paint(prompts, seeds, each)
 
     def likeness(self, pictures: Mapping[str, Tensor]) -> dict[str, float]:
-        """Mean cosine of painted faces to the person's drawn pictures, by the metric recogniser."""
-        known = self.judges.look(self.references).face.view(PEOPLE, REFERENCES, -1).mean(1)
-        wanted = known.repeat_interleave(len(PROMPTS), 0)
+        """As `face_sim` of evaluate: mean cosine to the person's pictures, no face counting 0."""
+        known = self.judges.look(self.references).face.view(PEOPLE, REFERENCES, -1)
         scores = {}
         for label, painted in pictures.items():
-            faces = self.judges.look(painted).face
-            scores[label] = round(torch.cosine_similarity(faces, wanted).mean().item(), 3)
+            seen = self.judges.look(painted)
+            faces = seen.face.view(PEOPLE, len(PROMPTS), -1)
+            cosines = reference_similarity(faces, known, seen.found.view(PEOPLE, -1))
+            scores[label] = round(cosines.mean().item(), 3)
         return scores
 
 

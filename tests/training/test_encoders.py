@@ -38,10 +38,16 @@ from training.encoders.image_encoder import own_name
 from training.encoders.stage import run, run_together
 from training.example_pool import Pool
 from training.portraits import ATTRIBUTES
-from training.run_config import RunConfig
+from training.run_config import MAX_SEED, RunConfig
 from training.run_folder import RunFolder
 
 CPU = torch.device("cpu")
+
+
+def test_a_recogniser_is_measured_whatever_the_seed_of_its_run() -> None:
+    network = Recogniser.open(MINI_FOLDER / "recogniser.safetensors")
+    for seed in (20261130, MAX_SEED):
+        assert recogniser.embed_people(network, 2, 2, seed).shape[:2] == (2, 2)
 
 
 def test_pool_draws_again_as_often_as_told_and_forgets_the_oldest() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -14,10 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from difflora_core.errors import BadConfig, BadWeightsFile, DiffLoRAError
+from difflora_core.errors import BadConfig, BadWeightsFile, DiffLoRAError, LayoutMismatch
+from difflora_core.predictor import Predictor
 from tests.training.tiny_world import evaluated_world
 from training.__main__ import main, open_run
-from training.artifacts import artifacts_folder
+from training.artifacts import artifact, artifacts_folder
 from training.base.painter import Painter
 from training.config import Config, load_config
 from training.evaluation import audition, stage
@@ -81,6 +83,10 @@ def test_all_rows_have_all_measures(config: Config, tmp_path: Path) -> None:
     assert main(["evaluate", *words]) == 0
     outcome = json.loads(out.read_text())
     assert tuple(outcome["rows"]) == ROWS and outcome["protocol"]["skipped"] == {}
+    weights = outcome["protocol"]["weights"]
+    for name in ("unet", "attribute_heads", "predictor"):
+        path = artifact(config, name)
+        assert hashlib.sha256(path.read_bytes()).hexdigest().startswith(weights[path.name])
     for name, row in outcome["rows"].items():
         assert set(row) - {"nearest_distance"} == MEASURES | {"recovery"}, name
         for figure in row.values():
@@ -152,6 +158,9 @@ def test_impossible_settings_are_refused(tmp_path: Path) -> None:
     for words in (["eval.rows=[bse]"], ["eval.people=1"]):
         with pytest.raises(BadConfig):
             check_rows(load_config(file, words).eval)
+    for name in ("refine_steps", "inversion_steps"):
+        with pytest.raises(BadConfig, match=f"{name} must be"):
+            load_config(file, [f"eval.{name}=0"])
 
 
 @pytest.mark.parametrize("row", ["predicted", "best_of_4", "refined"])
@@ -172,6 +181,16 @@ def test_a_predictor_that_cannot_be_opened_is_refused_before_any_work(
     (artifacts_folder(config) / "predictor_paper.safetensors").write_bytes(b"half")
     with pytest.raises(BadWeightsFile, match="no safetensors file"):
         check("predicted_paper")
+
+
+def test_a_predictor_of_other_encoders_is_refused_before_any_work(config: Config) -> None:
+    path = artifact(config, "predictor")
+    predictor = Predictor.open(path)
+    other = dataclasses.replace(predictor.config.face_encoder, name="antelopev2")
+    predictor.config = dataclasses.replace(predictor.config, face_encoder=other)
+    predictor.save(path, overwrite=True)
+    with pytest.raises(LayoutMismatch, match="antelopev2"):
+        check_inputs(config)
 
 
 def test_a_set_of_another_space_is_refused_before_any_work(config: Config) -> None:

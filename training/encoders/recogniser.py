@@ -18,6 +18,7 @@ from ..budget import train
 from ..drawing import generator_for, people_scenes, pictures_of, somebody
 from ..example_pool import Examples, Pool, as_bytes
 from ..portraits import FACTORS, Portraits, render
+from ..portraits.factors import SPLIT_SIZE
 from ..run_config import RunConfig
 from ..run_folder import RunFolder
 from .config import EncodersConfig, RecogniserTraining
@@ -145,7 +146,8 @@ def embed_people(
     parts = []
     for start in range(0, people, 64):
         count = min(64, people - start)
-        seeds = (seed + 1) * 10**6 + torch.arange(start, start + count)
+        first = (seed + 1) * 10**6 % (SPLIT_SIZE - 10**6)  # any seed of a run names people
+        seeds = first + torch.arange(start, start + count)
         drawn: Portraits = pictures_of(seeds, each, generator, device)
         crops = misalign(roomy_crops(drawn.images, drawn.landmarks[:, 0]), 0.5)
         parts.append(F.normalize(recogniser(crops), dim=-1).view(count, each, -1))

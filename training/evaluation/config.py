@@ -38,7 +38,7 @@ class EvalConfig:
     steps: int = 0
     """Sampling steps of the predictor; 0 = the number stored in its file."""
     candidates: int = 1
-    """Candidates of the row predicted, of which the most likely is taken."""
+    """Candidates of the row predicted, of which the most central is taken."""
     inputs: Literal["both", "face", "image"] = "both"
     """Which embedding of the photo predictors see; the other one counts as absent."""
     strength: float = 0.0
@@ -59,8 +59,8 @@ class EvalConfig:
     """People on the picture sheet; 0 = no sheet."""
 
     def __post_init__(self) -> None:
-        at_least(0, self, "seed", "steps", "batch", "refine_steps", "inversion_steps")
-        at_least(0, self, "sheet_people")
+        at_least(0, self, "seed", "steps", "batch", "sheet_people")
+        at_least(1, self, "refine_steps", "inversion_steps")
         at_least(1, self, "people", "prompts", "references", "candidates", "paint_steps")
         at_most(MAX_STEPS, self, "steps")
         at_most(MAX_SEED, self, "seed")

@@ -27,6 +27,8 @@ from training.config import Config
 from training.encoders.attributes_net import PortraitNet
 from training.encoders.face_pack import open_face_encoder
 
+NETWORKS = ("metric_recogniser", "image_encoder", "attribute_heads", "self_supervised")
+"""Artifacts that judge, beside the face pack."""
 CHUNK = 256
 """Pictures looked at together."""
 

@@ -15,16 +15,17 @@ from torch import Tensor
 from difflora_core.config import to_dict
 from difflora_core.errors import BadConfig, DiffLoRAError
 from difflora_core.predictor import Predictor
-from training.artifacts import MissingArtifact, artifact
+from training.artifacts import BASE_PARTS, MissingArtifact, artifact, digests, sha256
 from training.base.painter import Painter
 from training.config import Config
 from training.loras.collect import read_set
 from training.portraits import ATTRIBUTES
+from training.predictor.bundle import check_encoders
 from training.run_folder import RunFolder, device_name
 
 from .config import EvalConfig
 from .figures_file import check_place, write_figures
-from .judges import Judges
+from .judges import NETWORKS, Judges
 from .measures import Yardstick, measure
 from .nearest import training_distance
 from .protocol import Trial, draw_trial
@@ -114,16 +115,20 @@ def check_inputs(config: Config) -> None:
     """Open what only later rows would. What does not exist is left for them to name.
 
     Errors: BadWeightsFile for predictors and LoRA sets that cannot be read, DiffLoRAError for a set
-    of another LoRA space.
+    of another LoRA space, LayoutMismatch for a predictor that has learnt from other encoders.
     """
     with suppress(MissingArtifact):
         read_set(config)
     if not set(PREDICTED).isdisjoint(config.eval.rows):
         with suppress(MissingArtifact):
-            Predictor.open(config.eval.predictor or artifact(config, "predictor"))
+            _check_predictor(config, config.eval.predictor or artifact(config, "predictor"))
     if "predicted_paper" in config.eval.rows:
         with suppress(MissingArtifact):
-            Predictor.open(artifact(config, "predictor_paper"))
+            _check_predictor(config, artifact(config, "predictor_paper"))
+
+
+def _check_predictor(config: Config, path: str | Path) -> None:
+    check_encoders(config, Predictor.open(path), f"The predictor {Path(path).name}")
 
 
 def open_bench(config: Config) -> Bench:
@@ -153,12 +158,20 @@ def protocol(config: Config, trial: Trial, skipped: dict[str, str]) -> dict[str,
         "split": "test identities, held-out combinations of attributes",
         "cosines": "raw",
         "ci95": "percentile bootstrap over people",
-        "teacher_steps": config.loras.steps,
-        "teacher_pictures": config.loras.pictures,
+        "teacher": to_dict(config.loras),
+        "weights": weights_used(config),
         "device": device_name(device),
         "torch": torch.__version__,
         "skipped": skipped,
     }
+
+
+def weights_used(config: Config) -> dict[str, str]:
+    """Digests of base model, judges and predictor: rows of one set of weights can be compared."""
+    names = (*BASE_PARTS, *NETWORKS, "recogniser", "predictor", "predictor_paper")
+    chosen = Path(config.eval.predictor)
+    own = {chosen.name: sha256(chosen)[:16]} if chosen.is_file() else {}
+    return digests(config, names) | own
 
 
 def write(config: Config, folder: RunFolder, trial: Trial, so_far: Outcome) -> None:

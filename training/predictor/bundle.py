@@ -51,7 +51,7 @@ def check_encoders(config: Config, predictor: Predictor, what: str) -> None:
         (known.face_encoder.name, face_encoder_name(config)),
         (known.image_encoder.name, image_encoder_name(config)),
     ):
-        if theirs != ours:
+        if theirs and theirs != ours:
             raise LayoutMismatch(
                 f"{what} has learnt to read the {theirs}; this run's is the {ours}.",
                 hint="Run train-dit again.",
