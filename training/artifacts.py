@@ -52,10 +52,15 @@ MADE_BY = {
     "attribute_heads": "train-encoders",
     "self_supervised": "train-encoders",
     "landmarks": "train-encoders",
+    "detector": "train-encoders",
     "det_mini": "export-face-pack",
     "rec_mini": "export-face-pack",
     "predictor": "train-dit",
     "predictor_paper": "train-dit",
+    "predictor_dit": "train-dit",
+    "predictor_paper_dit": "train-dit",
+    "predictor_autoencoder": "train-autoencoder",
+    "predictor_paper_autoencoder": "train-autoencoder",
     "index": "collect-loras",
 }
 """Artifact -> the stage that makes it, for error messages."""

@@ -81,6 +81,9 @@ class Trainer:
         """
         parallel.join()
         self.resume()
+        modules = self.modules.values()
+        parallel.copy_from_first(t for m in modules for t in (*m.parameters(), *m.buffers()))
+        parallel.copy_from_first(self.shadow)
         self._draw_own_samples()
         first = parallel.rank() == 0
         log = RunLog(self.folder.log_path, self.optim.steps, self.step) if first else None

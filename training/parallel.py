@@ -10,13 +10,13 @@ nothing here does anything.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 #: the others wait this long while the first process draws pictures or measures
 _PATIENCE = timedelta(hours=24)
@@ -59,6 +59,14 @@ def first_one_first() -> Iterator[None]:
     yield
     if rank() == 0 and count() > 1:
         dist.barrier()
+
+
+@torch.no_grad()
+def copy_from_first(tensors: Iterable[Tensor]) -> None:
+    """Overwrite every tensor with the first process's: all of them must train the same network."""
+    if count() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
 @torch.no_grad()

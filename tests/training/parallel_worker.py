@@ -24,8 +24,8 @@ SAMPLES = 8
 
 
 def train(folder: Path, stop_at: int = -1) -> Trainer:
-    """Every process takes its share of the same eight samples per step."""
-    torch.manual_seed(0)
+    """Every process has weights of its own at first and takes its share of the eight samples."""
+    torch.manual_seed(parallel.rank())
     model = nn.Linear(3, 1)
     trainer = Trainer({"model": model}, OPTIM, RUN, RunFolder.create(folder, "line"))
 

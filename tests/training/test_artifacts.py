@@ -10,6 +10,7 @@ import torch
 from difflora_core.errors import DiffLoRAError
 from training import artifacts
 from training.artifacts import (
+    MissingArtifact,
     artifact,
     artifacts_folder,
     command_line,
@@ -55,6 +56,19 @@ def test_manifest_says_how_a_file_was_made(config: Config) -> None:
 def test_missing_artifact_names_the_stage(config: Config, tmp_path: Path) -> None:
     with pytest.raises(DiffLoRAError, match="train-base"):
         artifact(config, "unet", shipped=tmp_path / "empty")
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [("predictor_dit", "train-dit"), ("predictor_autoencoder", "train-autoencoder"),
+     ("detector", "train-encoders")],
+)  # fmt: skip
+def test_what_lies_between_two_stages_names_the_first(
+    config: Config, tmp_path: Path, name: str, stage: str
+) -> None:
+    with pytest.raises(MissingArtifact) as error:
+        artifact(config, name, shipped=tmp_path)
+    assert f"training {stage} " in error.value.hint
 
 
 def test_own_artifact_goes_before_the_shipped_one(config: Config, tmp_path: Path) -> None:

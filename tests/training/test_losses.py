@@ -40,6 +40,17 @@ def test_delta_terms_equal_dense_matrices(gauge):
             assert float(terms.log_ratio[i, j]) == pytest.approx(ratio, abs=1e-5)
 
 
+@pytest.mark.parametrize("gauge", ["frozen_down", "free"])
+def test_delta_terms_are_exact_in_a_training_of_half_precision(gauge):
+    space = LoraSpace("toy", LAYERS, rank=3, alpha=6.0, gauge=gauge)
+    a = torch.randn(4, space.size, generator=torch.Generator().manual_seed(0))
+    exact = delta_terms(space, 1.02 * a, a)
+    with torch.autocast("cpu", torch.bfloat16):
+        within = delta_terms(space, 1.02 * a, a)
+    for name, tensor in exact._asdict().items():
+        assert torch.equal(getattr(within, name), tensor)
+
+
 def test_delta_losses_of_equal_scaled_and_zero_loras():
     space = LoraSpace("toy", LAYERS, rank=3, alpha=3.0)
     a = torch.randn(2, space.size, requires_grad=True)

@@ -43,10 +43,10 @@ def train_unet(config: Config, folder: RunFolder) -> None:
     if base.unet.start == "artifact":
         check_start(config, "unet", unet_config(base.unet, base.text))
         check_start(config, "text_encoder", text_config(base.text))
-    torch.manual_seed(config.run.seed)
     part = folder.part("unet")
     with parallel.first_one_first():
         pool = open_pool(config, part.path / "pool.safetensors", device)
+    torch.manual_seed(config.run.seed)  # the same weights whether the pool was drawn or found
     unet = build_unet(unet_config(base.unet, base.text))
     unet = unet.to(device, memory_format=torch.channels_last)
     text = build_compact_text(text_config(base.text)).to(device)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from difflora_core.lora_space import LoraSpace
+from difflora_core.mask_aware.networks import without_autocast
 
 TINY = 1e-12  # keeps roots and quotients of empty layers finite
 
@@ -77,7 +78,8 @@ def _inner_products(space: LoraSpace, first: Tensor, second: Tensor) -> Tensor:
         return space.scale**2 * torch.stack([part.sum(-1) for part in parts], dim=-1)
     one, two = space.unpack_factors(first.float()), space.unpack_factors(second.float())
     inner = []
-    for name in one:
-        (down1, up1), (down2, up2) = one[name], two[name]
-        inner.append(((up1.mT @ up2) * (down1 @ down2.mT)).sum((-2, -1)))
+    with without_autocast(first.device.type):
+        for name in one:
+            (down1, up1), (down2, up2) = one[name], two[name]
+            inner.append(((up1.mT @ up2) * (down1 @ down2.mT)).sum((-2, -1)))
     return space.scale**2 * torch.stack(inner, dim=-1)
