@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
+from operator import not_
 
 import torch
 from torch import Tensor
@@ -136,12 +138,14 @@ class Job:
                 yield pending.result()
 
     def _read(self, names: Sequence[str]) -> Batch:
-        layers, weights = [], []
+        layers, weights, absent = [], [], []
         for name in names:
-            present = [i for i, outlines in enumerate(self.held) if name in outlines]
-            layers.append([self.inputs[i].lora.layers[name] for i in present])
-            weights.append([self.weights[name][i] for i in present])
-        return Batch.of(layers, weights, self.device)
+            has = [name in outlines for outlines in self.held]
+            holders = compress(self.inputs, has)
+            layers.append([holder.lora.layers[name] for holder in holders])
+            weights.append(list(compress(self.weights[name], has)))
+            absent.append(list(compress(self.weights[name], map(not_, has))))
+        return Batch.of(layers, weights, self.device, absent)
 
     def _merged(self, batch: Batch, rules: Sequence[RankRule]) -> Iterator[Truncated]:
         """One at a time: with all ranks kept, a batch of results can be a hundred times its LoRAs.

@@ -24,7 +24,8 @@ class Stack:
     """One layer of the inputs that have it: up [out, R], down [R, in] with R = sum of the ranks.
 
     Float32 with scales folded in, kernels flattened to matrices. weights: how strongly each input
-    counts here, signs included.
+    counts here, signs included; absent: the weights of the inputs that lack the layer, which
+    count as if they held zeros.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Stack:
     down: Tensor
     ranks: tuple[int, ...]
     weights: tuple[float, ...]
+    absent: tuple[float, ...] = ()
 
     @classmethod
     def of(
@@ -69,6 +71,11 @@ class Stack:
         """All differences, unweighted, [T, out, in] float32: only for methods on single weights."""
         return torch.stack([up @ down for up, down in zip(self.ups, self.downs, strict=True)])
 
+    @property
+    def mass(self) -> float:
+        """Sum of the weights' magnitudes over all inputs."""
+        return sum(map(abs, self.weights + self.absent))
+
     def weight_tensor(self) -> Tensor:
         """[T, 1, 1] float32, beside `deltas`."""
         return torch.tensor(self.weights, device=self.up.device)[:, None, None]
@@ -83,6 +90,7 @@ class Batch:
     down: Tensor
     ranks: tuple[int, ...]
     weights: tuple[tuple[float, ...], ...]
+    absent: tuple[tuple[float, ...], ...]
 
     @classmethod
     def of(
@@ -90,8 +98,9 @@ class Batch:
         layers: Sequence[Sequence[LoraLayer]],
         weights: Sequence[Sequence[float]],
         device: torch.device | str,
+        absent: Sequence[Sequence[float]] | None = None,
     ) -> Batch:
-        """layers[n][i]: layer n of the i-th input that has it."""
+        """layers[n][i]: layer n of the i-th input that has it; absent[n]: weights of the others."""
         first = layers[0]
         ranks = tuple(layer.rank for layer in first)
         out, width = first[0].up.shape[0], first[0].down[0].numel()
@@ -102,15 +111,16 @@ class Batch:
             for layer, up_part, down_part in parts:
                 _put(layer, up_part, down_part)
         names = tuple(inputs[0].name for inputs in layers)
-        return cls(names, up, down, ranks, tuple(map(tuple, weights)))
+        missing = tuple(map(tuple, absent or [()] * len(layers)))
+        return cls(names, up, down, ranks, tuple(map(tuple, weights)), missing)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def stacks(self) -> Iterator[Stack]:
         """The layers one by one, as views."""
-        rows = zip(self.names, self.up, self.down, self.weights, strict=True)
-        return (Stack(name, up, down, self.ranks, weights) for name, up, down, weights in rows)
+        rows = zip(self.names, self.up, self.down, self.weights, self.absent, strict=True)
+        return (Stack(name, up, down, self.ranks, *weights) for name, up, down, *weights in rows)
 
     def weighted_sums(self, weights: Sequence[Sequence[float]]) -> Product:
         """sum_i w_ni D_ni of every layer n, as products [N, out, R] [N, R, in]."""

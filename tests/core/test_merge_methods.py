@@ -73,6 +73,20 @@ def test_the_result_does_not_depend_on_how_inputs_are_factored(method: str, seed
         assert distance(dense(b.lora.layers[name]), dense(a.lora.layers[name])) < 2e-4
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_layer_that_a_lora_lacks_counts_as_zeros(method: str) -> None:
+    one, other = random_lora(3), random_lora(4)
+    name, rule = NAMES[1], RankRule() if method == "concat" else RankRule(rank=999)
+    layer = other.layers[name]
+    none = LoraLayer(name, torch.zeros_like(layer.down), torch.zeros_like(layer.up), layer.scale)
+    zeros = Lora(dict(other.layers) | {name: none}, naming=FOREIGN)
+    lacking = Lora({k: v for k, v in other.layers.items() if k != name}, naming=FOREIGN)
+    settings = MergeSettings(method, density=0.6, seed=1, rule=rule)
+    a = merge(inputs_of([one, lacking], [1.0, 0.5]), settings)
+    b = merge(inputs_of([one, zeros], [1.0, 0.5]), settings)
+    assert distance(dense(a.lora.layers[name]), dense(b.lora.layers[name])) < 1e-4
+
+
 def rule_for(method: str) -> RankRule:
     return RankRule() if method == "concat" else RankRule(rank=4)
 

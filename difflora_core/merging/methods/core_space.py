@@ -23,7 +23,7 @@ def merge(stack: Stack, options: Options) -> Product:
         (left.mT @ up.double()) @ (down.double() @ right)
         for up, down in zip(stack.ups, stack.downs, strict=True)
     ]
-    merged = elect(trim(torch.stack(cores), options.density), stack.weight_tensor())
+    merged = elect(trim(torch.stack(cores), options.density), stack.weight_tensor(), stack.mass)
     return (left @ merged).float(), right.mT.float()
 
 

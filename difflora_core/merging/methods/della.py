@@ -24,7 +24,7 @@ def merge(stack: Stack, options: Options) -> Tensor:
     keep = keep_probability(deltas, options.density)
     generator = generator_for(options.seed, stack.name, deltas.device)
     kept = torch.rand(deltas.shape, generator=generator, device=deltas.device) < keep
-    return elect(torch.where(kept, deltas / keep, 0.0), stack.weight_tensor())
+    return elect(torch.where(kept, deltas / keep, 0.0), stack.weight_tensor(), stack.mass)
 
 
 def keep_probability(deltas: Tensor, density: float) -> Tensor:

@@ -18,18 +18,19 @@ def trim(values: Tensor, density: float) -> Tensor:
     return torch.where(values.abs() >= limit, values, 0.0)
 
 
-def elect(values: Tensor, weights: Tensor) -> Tensor:
+def elect(values: Tensor, weights: Tensor, total: float) -> Tensor:
     """Disjoint mean: every entry is the weighted mean of those inputs that share its elected sign.
 
     The sign of an entry is that of the weighted sum (Yadav et al. 2023, "TIES-Merging",
-    algorithm 1). The mean is multiplied by the sum of the weights. [T, ...] -> [...].
+    algorithm 1). The mean is multiplied by `total`, the sum of the weights' magnitudes over all
+    inputs, those that lack the layer too. [T, ...] -> [...].
     """
     weighted = values * weights
     sign = weighted.sum(0).sign()
     agree = (weighted.sign() == sign) & (sign != 0)
     mass = torch.where(agree, weights.abs(), 0.0).sum(0)
     mean = torch.where(agree, weighted, 0.0).sum(0) / torch.where(mass > 0, mass, 1.0)
-    return mean * weights.abs().sum()
+    return mean * total
 
 
 def generator_for(seed: int, name: str, device: torch.device) -> torch.Generator:

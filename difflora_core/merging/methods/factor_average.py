@@ -25,9 +25,8 @@ def merge(stack: Stack, options: Options) -> Product:
         down, up = canonical_factors(down, up, rank, tag=stack.name)
         downs.append(down * weight)
         ups.append(up * weight)
-    scale = sum(
-        stack.weights
-    )  # both factors carry the weights, so the product carries their square
+    # both factors carry the weights, so the product carries their square
+    scale = sum(stack.weights + stack.absent)
     return torch.stack(ups).sum(0) / (scale or 1.0), torch.stack(downs).sum(0)
 
 

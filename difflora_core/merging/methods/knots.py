@@ -21,7 +21,7 @@ def merge(stack: Stack, options: Options) -> Product:
         (basis.mT @ up.double()) @ down.double() / sigma[:, None]
         for up, down in zip(stack.ups, stack.downs, strict=True)
     ]
-    merged = elect(trim(torch.stack(aligned), options.density), stack.weight_tensor())
+    merged = elect(trim(torch.stack(aligned), options.density), stack.weight_tensor(), stack.mass)
     return (basis * sigma).float(), merged.float()
 
 

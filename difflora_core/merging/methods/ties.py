@@ -15,7 +15,7 @@ from .method import Method
 
 
 def merge(stack: Stack, options: Options) -> Tensor:
-    return elect(trim(stack.deltas(), options.density), stack.weight_tensor())
+    return elect(trim(stack.deltas(), options.density), stack.weight_tensor(), stack.mass)
 
 
 METHOD = Method(

@@ -18,7 +18,8 @@ from .method import Method
 
 
 def merge(stack: Stack, options: Options) -> Product:
-    most = min(stack.shape) // len(stack.ups) or 1
+    count = len(stack.weights) + len(stack.absent)
+    most = min(stack.shape) // count or 1
     lefts, rights, scales = [], [], []
     for up, down, weight in zip(stack.ups, stack.downs, stack.weights, strict=True):
         core = decomposed(up, down)
@@ -27,7 +28,7 @@ def merge(stack: Stack, options: Options) -> Product:
         kept = min(most, int(core.meaningful))
         lefts.append(core.up @ core.left[:, :kept])
         rights.append((core.right[:, :kept].mT @ core.down).mT / core.sigma[:kept])
-        scales.append(core.sigma[:kept] * weight * len(stack.ups))
+        scales.append(core.sigma[:kept] * weight * count)
     if not scales:
         return stack.weighted_sum()
     left, right = torch.cat(lefts, 1), torch.cat(rights, 1)
