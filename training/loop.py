@@ -88,7 +88,7 @@ class Trainer:
         first = parallel.rank() == 0
         log = RunLog(self.folder.log_path, self.optim.steps, self.step) if first else None
         meter = _Meter(self.items_per_step)
-        deadline = _deadline(self.run.max_minutes)
+        deadline = self.run.deadline()
         with self._signals():
             while self.step < self.optim.steps:
                 meter.add(self._advance(step))
@@ -296,10 +296,6 @@ class _Meter:
         self.totals: dict[str, Tensor] = {}
         self.steps = 0
         self.start = time.monotonic()
-
-
-def _deadline(max_minutes: float) -> float:
-    return time.monotonic() + 60 * max_minutes if max_minutes > 0 else math.inf
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -28,7 +29,8 @@ class RunConfig:
     device: str = "auto"
     """auto (cuda if there is one, else cpu), cpu, cuda or cuda:N."""
     max_minutes: float = 0.0
-    """Stop a training loop with a checkpoint after this many minutes; 0 = no limit."""
+    """Stop a training loop with a checkpoint after this many minutes, train-identity-loras after
+    the people in work; 0 = no limit."""
     log_every: int = 50
     """Steps between log lines; losses are read from the device only then."""
     checkpoint_every: int = 1000
@@ -44,6 +46,10 @@ class RunConfig:
             raise ValueError("root is no valid text; choose another folder")
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device):
             raise ValueError(f"device must be auto, cpu, cuda or cuda:N, found {self.device!r}")
+
+    def deadline(self) -> float:
+        """When `max_minutes` from now are over, in time.monotonic()'s seconds."""
+        return time.monotonic() + 60 * self.max_minutes if self.max_minutes else math.inf
 
     def torch_device(self) -> torch.device:
         """The device to train on. Errors: BadConfig where the machine does not have it."""

@@ -18,6 +18,7 @@ from training.__main__ import open_run
 from training.artifacts import artifacts_folder, read_artifact, save_artifact
 from training.base.painter import Painter
 from training.config import Config, load_config
+from training.loop import OutOfTime
 from training.loras.collect import read_set
 from training.loras.collect import run as collect
 from training.loras.config import LorasConfig
@@ -106,6 +107,16 @@ def test_a_restart_trains_exactly_who_is_missing(config: Config) -> None:
     after = [file.stat().st_mtime_ns for file in files]
     assert before[0] == after[0] and before[2] == after[2] and files[1].exists()
     assert read_lora(files[1]).metadata["modelspec.trigger_phrase"] == "sks person"
+
+
+def test_time_that_is_up_leaves_whole_people_and_the_next_run_the_rest(config: Config) -> None:
+    folder = open_run(config, "train-identity-loras")
+    hurried = dataclasses.replace(config, run=dataclasses.replace(config.run, max_minutes=1e-6))
+    for left in (2, 1):
+        with pytest.raises(OutOfTime, match=f"{left} people are left"):
+            train(hurried, folder)
+    train(hurried, folder)
+    assert all(person_file(folder, seed).exists() for seed in range(3))
 
 
 def test_loras_of_another_recipe_are_refused_not_mixed_in(config: Config) -> None:

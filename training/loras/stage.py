@@ -16,6 +16,7 @@ from difflora_core.weights_file import TensorFile, write_lora
 from ..artifacts import BASE_PARTS, artifact, sha256
 from ..base.painter import Painter
 from ..config import Config
+from ..loop import OutOfTime
 from ..run_folder import RunFolder
 from .config import LorasConfig
 from .teacher import SUBJECT, train_loras
@@ -36,8 +37,11 @@ def person_file(folder: RunFolder, seed: int) -> Path:
 
 def run(config: Config, folder: RunFolder) -> None:
     """Train whoever is missing. A file appears whole or not at all, so killing the stage at any
-    moment loses the people in work and nothing else."""
-    settings, space = config.loras, lora_space(config.loras)
+    moment loses the people in work and nothing else.
+
+    Errors: OutOfTime when `run.max_minutes` are over first.
+    """
+    settings, space, deadline = config.loras, lora_space(config.loras), config.run.deadline()
     painter = Painter.open(config)
     (folder.path / "people").mkdir(exist_ok=True)
     wanted = range(settings.first, settings.first + settings.people)
@@ -61,6 +65,8 @@ def run(config: Config, folder: RunFolder) -> None:
         done += len(seeds)
         rate = 3600 * done / (time.monotonic() - begin)
         logger.info("%d of %d people, %.0f LoRAs per hour", done, len(missing), rate)
+        if done < len(missing) and time.monotonic() > deadline:
+            raise OutOfTime(f"{len(missing) - done} people are left: the time was up")
 
 
 def recipe(config: Config) -> str:
