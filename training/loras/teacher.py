@@ -14,7 +14,6 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,22 +123,21 @@ def initial_factors(
 
 
 class _Draws:
-    """Which pictures, which timesteps, which noise, step by step: the same for everybody."""
+    """Which pictures, which timesteps, which noise, step by step: the same for everybody, and on
+    every device, since a set may be begun on one machine and finished on another."""
 
     def __init__(self, config: LorasConfig, device: torch.device) -> None:
-        self.generator = torch.Generator(device).manual_seed(config.draws)
+        self.generator = torch.Generator().manual_seed(config.draws)
         self.config, self.device = config, device
-        self.t = torch.randint(1000, (config.steps, config.batch), **self._source)
-        order = torch.rand(config.steps, config.pictures, **self._source).argsort(-1)
-        self.pictures = order[:, : config.batch]
+        steps = (config.steps, config.batch)
+        self.t = torch.randint(1000, steps, generator=self.generator).to(device)
+        order = torch.rand(config.steps, config.pictures, generator=self.generator).argsort(-1)
+        self.pictures = order[:, : config.batch].to(device)
 
     def noise(self, shape: torch.Size) -> Tensor:
         """[batch, 4, 16, 16], another one at every call."""
-        return torch.randn(self.config.batch, *shape, **self._source)
-
-    @property
-    def _source(self) -> dict[str, Any]:
-        return {"generator": self.generator, "device": self.device}
+        noise = torch.randn(self.config.batch, *shape, generator=self.generator)
+        return noise.to(self.device)
 
 
 def _losses(
