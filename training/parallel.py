@@ -66,7 +66,9 @@ def copy_from_first(tensors: Iterable[Tensor]) -> None:
     """Overwrite every tensor with the first process's: all of them must train the same network."""
     if count() > 1:
         for tensor in tensors:
-            dist.broadcast(tensor, 0)
+            sent = tensor.contiguous()  # backends differ in which memory formats they take
+            dist.broadcast(sent, 0)
+            tensor.copy_(sent)
 
 
 @torch.no_grad()
