@@ -58,6 +58,8 @@ def exact_pair(family: str, parts: Parts) -> Pair:
 
 def inner_told(family: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
     """(in, kh, kw) where the shapes of the parts tell it; None where the weight has to."""
+    if family == "lora" and "mid" not in shapes and len(shapes["down"]) == 2:
+        return None  # of a linear layer, or of a convolution with its kernel laid flat
     if family == "lora":
         kernel = shapes["mid"][2:] if "mid" in shapes else shapes["down"][2:]
         return with_kernel((shapes["down"][1], *kernel))

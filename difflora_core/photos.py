@@ -24,8 +24,8 @@ DAMAGE = (OSError, SyntaxError, ValueError, RuntimeError, struct.error, EOFError
 """What Pillow's decoders raise on broken files."""
 _FULL_SCALES = (255, 1023, 4095, 16383, 65535)
 """White of 8, 10, 12, 14 and 16 bits: cameras leave the upper bits of 16 empty."""
-_OVERSHOOT = 0.1
-"""How far floats may leave 0..1, as after sharpening; they are clipped."""
+_OVERSHOOT = 0.5
+"""How far floats may leave 0..1; they are clipped. Bicubic enlarging leaves it by up to 0.45."""
 _BACKDROP = 255
 """Transparent parts become white, as most viewers show them."""
 

@@ -157,7 +157,8 @@ class LoraModel(dict[str, Tensor]):
     def __init__(self, lora: Lora, metadata: Mapping[str, str]) -> None:
         with torch.inference_mode(False):
             super().__init__({key: t.clone() for key, t in lora_to_kohya(lora).items()})
-        self.metadata = dict(metadata)
+        # its alphas are in the tensors now, as keys or in `up`
+        self.metadata = {k: v for k, v in metadata.items() if k != "lora_adapter_metadata"}
 
 
 def check_fits(lora: Mapping[str, Tensor], model: comfy.model_patcher.ModelPatcher) -> None:
@@ -201,6 +202,6 @@ def numbered_path(folder: Path, prefix: str) -> Path:
     if not Path(prefix).name.strip():
         raise BadWeightsFile(f"{prefix!r} names no file.", hint="Type a name, such as person.")
     place, name, counter, _subfolder, _prefix = folder_paths.get_save_image_path(
-        prefix, str(folder)
+        prefix.rstrip("/\\"), str(folder)
     )
     return Path(place) / f"{name}_{counter:05}_.safetensors"

@@ -27,7 +27,8 @@ def opened(values: Sequence[Mapping[str, Tensor]]) -> list[Lora]:
 
 
 def _opened(value: Mapping[str, Tensor], name: str) -> Lora:
-    weights = {key: tensor.detach() for key, tensor in value.items()}  # core's may be trainable
+    # core's trainer gives trainable ones, on the GPU
+    weights = {key: tensor.detach().cpu() for key, tensor in value.items()}
     try:
         return lora_from_state_dict(weights, getattr(value, "metadata", {}), any_model=True)
     except DiffLoRAError as error:

@@ -44,14 +44,15 @@ def load_controlnet(path: Path) -> comfy.controlnet.ControlNet:
         device=comfy.model_management.unet_offload_device(),
         operations=comfy.ops.disable_weight_init,
     )
-    expected = {f"{_PREFIX}{key}": tensor.shape for key, tensor in control.state_dict().items()}
-    if expected != {key: tensor.shape for key, tensor in tensors.items()}:
+    known = {k.removeprefix(_PREFIX): v.to(DTYPE) for k, v in tensors.items()}
+    try:  # with dynamic VRAM the layers have no weights to compare with before
+        control.load_state_dict(known)
+    except RuntimeError as error:
         raise BadWeightsFile(
             f"{path.name} is no ControlNet of the mini model.",
             hint="Take a file NAME_comfyui.safetensors that train-controlnet wrote for it; "
             "ControlNets of other models go into Load ControlNet Model.",
-        )
-    control.load_state_dict({k.removeprefix(_PREFIX): v.to(DTYPE) for k, v in tensors.items()})
+        ) from error
     return comfy.controlnet.ControlNet(
         control, load_device=comfy.model_management.get_torch_device()
     )

@@ -104,7 +104,7 @@ def load_vae(folder: Path) -> comfy.sd.VAE:
     tensors = comfy.diffusers_convert.convert_vae_state_dict(part.tensors)
     with _group_norms(part.config["norm_num_groups"]):
         vae = comfy.sd.VAE(sd=tensors, config={"params": _vae_params(part.config)}, dtype=DTYPE)
-    _check_keys(set(vae.first_stage_model.state_dict()), set(tensors), VAE)
+    _refuse_others(set(vae.first_stage_model.state_dict()) ^ set(tensors), VAE)
     return vae
 
 
@@ -173,16 +173,18 @@ def _vae_params(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load_strict(module: torch.nn.Module, tensors: dict[str, torch.Tensor], name: str) -> None:
-    _check_keys(set(module.state_dict()), set(tensors), name)
-    module.load_state_dict(tensors)
+    """What is there is known after loading only: with dynamic VRAM ComfyUI's layers have no
+    weights before.
+    """
+    wrong = module.load_state_dict(tensors, strict=False)
+    _refuse_others({*wrong.missing_keys, *wrong.unexpected_keys}, name)
 
 
-def _check_keys(expected: set[str], found: set[str], name: str) -> None:
-    wrong = sorted(expected ^ found)
-    if wrong:
+def _refuse_others(keys: set[str], name: str) -> None:
+    if keys:
         raise BadWeightsFile(
-            f"{name} does not fit the mini model: {len(wrong)} tensors are missing or unknown "
-            f"({', '.join(wrong[:3])}).",
+            f"{name} does not fit the mini model: {len(keys)} tensors are missing or unknown "
+            f"({', '.join(sorted(keys)[:3])}).",
             hint="Install DiffLoRA again, so that its files and its code have the same version.",
         )
 

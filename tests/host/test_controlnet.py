@@ -182,6 +182,16 @@ def test_our_node_loads_the_mini_models(host: Host, mini_control: tuple[Config, 
         assert (ours - theirs).abs().max() < 1e-4 * ours.abs().max()
 
 
+def test_our_node_loads_where_vram_is_dynamic(
+    host: Host, mini_control: tuple[Config, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NVIDIA by default: there ComfyUI's layers have no weights until they are loaded."""
+    memory = pytest.importorskip("comfy.memory_management", reason="older than dynamic VRAM")
+    monkeypatch.setattr(memory, "aimdo_enabled", True)
+    state = loaded_by_us(host, mini_control[1]).control_model.state_dict()
+    assert state and all(tensor is not None for tensor in state.values())
+
+
 def test_the_mini_models_acts_in_a_sampler(host: Host, mini_control: tuple[Config, str]) -> None:
     def painted(strength: float) -> Tensor:
         prompt = unguided()

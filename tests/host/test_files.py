@@ -69,6 +69,43 @@ def test_lora_model_of_core_is_saved(host: Host, world: Path) -> None:
     assert_same(deltas(load_file(path)), deltas(values["lora"]))
 
 
+def test_convolutions_of_cores_trainer_are_saved(host: Host, world: Path) -> None:
+    """It trains every module, and stores kernels flat: down is [rank, in * kernel]."""
+    up, down = torch.randn(64, 4), torch.randn(4, 36)
+    name = "diffusion_model.input_blocks.0.0"
+    theirs = {f"{name}.lora_up.weight": up, f"{name}.lora_down.weight": down}
+    theirs[f"{name}.alpha"] = torch.tensor(2.0)
+    save = host.nodes.NODE_CLASS_MAPPINGS["DiffLoRA_SaveLora"]
+    (path,) = save.execute(theirs, "convolution", "models/loras", "fp32", "").args
+    (delta,) = deltas(load_file(path)).values()
+    assert torch.allclose(delta, (0.5 * up @ down).view(delta.shape), atol=1e-5)
+
+
+def test_alphas_of_a_header_count_once(host: Host) -> None:
+    """LoRAs of foreign models in diffusers' spelling: alpha / rank goes into B when read."""
+    key, factors = "transformer.single_transformer_blocks.0.attn.to_q", {}
+    factors[f"{key}.lora_A.weight"], factors[f"{key}.lora_B.weight"] = torch.randn(2, 4, 32)
+    factors[f"{key}.lora_B.weight"] = factors[f"{key}.lora_B.weight"].T.contiguous()
+    header = {"lora_adapter_metadata": '{"transformer.r": 4, "transformer.lora_alpha": 8}'}
+    file = host.base / "models" / "loras" / "flux.safetensors"
+    save_file(factors, file, metadata=header)
+    prompt = {"file": node("DiffLoRA_LoadLoraFile", file=file.name)}
+    value = host.run(kept(prompt, lora=["file", 0]))["lora"]
+    (layer,) = host.module("nodes.lora_models").opened([value])[0]
+    up, down = factors[f"{key}.lora_B.weight"], factors[f"{key}.lora_A.weight"]
+    assert torch.allclose(layer.delta(), 2 * up @ down, atol=1e-4)
+
+
+def test_a_prefix_may_end_in_a_slash(host: Host, world: Path) -> None:
+    value = host.run(kept(predicted(), lora=["lora", 0]))["lora"]
+    save = host.nodes.NODE_CLASS_MAPPINGS["DiffLoRA_SaveLora"]
+    paths = [save.execute(value, "folk/", "models/loras", "fp32", "").args[0] for _ in range(2)]
+    assert [Path(path).name for path in paths] == [
+        "folk_00001_.safetensors",
+        "folk_00002_.safetensors",
+    ]
+
+
 def test_damaged_predictor_is_explained(host: Host, models: Path, world: Path) -> None:
     whole = (world / "predictor.safetensors").read_bytes()
     (models / "damaged.safetensors").write_bytes(whole[: len(whole) // 2])

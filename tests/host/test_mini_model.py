@@ -36,6 +36,23 @@ def test_unet_agrees_with_diffusers(loader: Any, random_world: Path) -> None:
     assert_close(ours(x, t, context=context), theirs(x, t, context).sample)
 
 
+def test_the_model_loads_where_vram_is_dynamic(
+    loader: Any, random_world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NVIDIA by default: there ComfyUI's layers have no weights until they are loaded."""
+    memory = pytest.importorskip("comfy.memory_management", reason="older than dynamic VRAM")
+    monkeypatch.setattr(memory, "aimdo_enabled", True)
+    unet = loader.load_model(random_world).model.diffusion_model
+    clip, vae = loader.load_clip(random_world), loader.load_vae(random_world)
+    for module in (unet, clip.cond_stage_model, vae.first_stage_model):
+        assert all(tensor is not None for tensor in module.state_dict().values())
+    monkeypatch.undo()
+    usual = loader.load_model(random_world).model.diffusion_model.state_dict()
+    found = unet.state_dict()
+    assert found.keys() == usual.keys()
+    assert all(torch.equal(found[key], usual[key]) for key in usual)
+
+
 @torch.inference_mode()
 def test_clip_agrees_with_transformers(loader: Any, random_world: Path) -> None:
     tensors, config = open_part(TEXT_ENCODER, random_world)
