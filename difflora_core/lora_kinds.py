@@ -58,11 +58,10 @@ def exact_pair(family: str, parts: Parts) -> Pair:
 
 def inner_told(family: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | None:
     """(in, kh, kw) where the shapes of the parts tell it; None where the weight has to."""
-    if family == "lora" and "mid" not in shapes and len(shapes["down"]) == 2:
-        return None  # of a linear layer, or of a convolution with its kernel laid flat
     if family == "lora":
-        kernel = shapes["mid"][2:] if "mid" in shapes else shapes["down"][2:]
-        return with_kernel((shapes["down"][1], *kernel))
+        kernel = shapes.get("mid", shapes["down"])[2:]
+        # two sides only: of a linear layer, or of a convolution whose kernel is laid flat
+        return (shapes["down"][1], *kernel) if kernel else None
     if family == "full":
         return with_kernel(shapes["diff"][1:])
     if "hada_t1" in shapes:

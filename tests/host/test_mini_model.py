@@ -42,15 +42,20 @@ def test_the_model_loads_where_vram_is_dynamic(
     """As on NVIDIA by default: there ComfyUI's layers have no weights until they are loaded."""
     memory = pytest.importorskip("comfy.memory_management", reason="older than dynamic VRAM")
     monkeypatch.setattr(memory, "aimdo_enabled", True)
-    unet = loader.load_model(random_world).model.diffusion_model
-    clip, vae = loader.load_clip(random_world), loader.load_vae(random_world)
-    for module in (unet, clip.cond_stage_model, vae.first_stage_model):
-        assert all(tensor is not None for tensor in module.state_dict().values())
+    found = states(loader, random_world)
     monkeypatch.undo()
-    usual = loader.load_model(random_world).model.diffusion_model.state_dict()
-    found = unet.state_dict()
-    assert found.keys() == usual.keys()
-    assert all(torch.equal(found[key], usual[key]) for key in usual)
+    for dynamic, usual in zip(found, states(loader, random_world), strict=True):
+        assert dynamic.keys() == usual.keys()
+        assert all(torch.equal(dynamic[key], usual[key]) for key in usual)
+
+
+def states(loader: Any, folder: Path) -> list[dict[str, Tensor]]:
+    modules = (
+        loader.load_model(folder).model.diffusion_model,
+        loader.load_clip(folder).cond_stage_model,
+        loader.load_vae(folder).first_stage_model,
+    )
+    return [module.state_dict() for module in modules]
 
 
 @torch.inference_mode()

@@ -153,9 +153,14 @@ def _lenses(
     return torch.minimum(left, right)
 
 
+def _reach(who: Anatomy, pose: Pose) -> Tensor:
+    """From the middle of a turned face to the middle of an eye."""
+    return who.eye_x * (1 - 0.16 * pose.yaw.abs())
+
+
 def _frame(u: Tensor, v: Tensor, who: Anatomy, pose: Pose, lenses: Tensor) -> Tensor:
     side = (u - pose.turned(0.0)).abs()
-    reach = who.eye_x * (1 - 0.16 * pose.yaw.abs())
+    reach = _reach(who, pose)
     edge = LENS[0] - 1.0  # bridge and temples reach a little into the rims
     bridge = torch.maximum((v - who.eye_y + 1.5).abs() - 0.7, side - reach + edge)
     temples = torch.maximum((v - who.eye_y + 2).abs() - 0.7, reach + edge - side)
@@ -175,8 +180,8 @@ def _glasses(c: Canvas, pose: Pose, who: Anatomy, colour: Tensor) -> Tensor:
 
 def _sunglasses(c: Canvas, pose: Pose, who: Anatomy, colour: Tensor) -> Tensor:
     u, v = pose.head(c.x, c.y)
-    apart = who.eye_x * (1 - 0.16 * pose.yaw.abs()) - 1.6  # near eyes, too, leave a bridge
-    lenses = _lenses(u, v, who, pose, apart.clamp(max=LENS[0]))
+    half = (_reach(who, pose) - 1.6).clamp(max=LENS[0])  # near eyes, too, leave a bridge
+    lenses = _lenses(u, v, who, pose, half)
     px = c.pixel * pose.scale
     glass = cover(lenses, px)
     tint = 0.01 + 0.05 * ((v - who.eye_y + 6) / 12).clamp(0, 1)
