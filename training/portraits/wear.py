@@ -145,9 +145,7 @@ def draw_accessory(
     return total
 
 
-def _lenses(
-    u: Tensor, v: Tensor, who: Anatomy, pose: Pose, half: Tensor | float = LENS[0]
-) -> Tensor:
+def _lenses(u: Tensor, v: Tensor, who: Anatomy, pose: Pose, half: Tensor | float) -> Tensor:
     left = box(u - pose.turned(-who.eye_x), v - who.eye_y, half, *LENS[1:])
     right = box(u - pose.turned(who.eye_x), v - who.eye_y, half, *LENS[1:])
     return torch.minimum(left, right)
@@ -158,10 +156,11 @@ def _reach(who: Anatomy, pose: Pose) -> Tensor:
     return who.eye_x * (1 - 0.16 * pose.yaw.abs())
 
 
-def _frame(u: Tensor, v: Tensor, who: Anatomy, pose: Pose, lenses: Tensor) -> Tensor:
+def _frame(u: Tensor, v: Tensor, who: Anatomy, pose: Pose, half: Tensor | float) -> Tensor:
+    lenses = _lenses(u, v, who, pose, half)
     side = (u - pose.turned(0.0)).abs()
     reach = _reach(who, pose)
-    edge = LENS[0] - 1.0  # bridge and temples reach a little into the rims
+    edge = half - 1.0  # bridge and temples reach a little into the rims
     bridge = torch.maximum((v - who.eye_y + 1.5).abs() - 0.7, side - reach + edge)
     temples = torch.maximum((v - who.eye_y + 2).abs() - 0.7, reach + edge - side)
     temples = torch.maximum(temples, u.abs() - who.width - 0.5)
@@ -170,10 +169,10 @@ def _frame(u: Tensor, v: Tensor, who: Anatomy, pose: Pose, lenses: Tensor) -> Te
 
 def _glasses(c: Canvas, pose: Pose, who: Anatomy, colour: Tensor) -> Tensor:
     u, v = pose.head(c.x, c.y)
-    lenses = _lenses(u, v, who, pose)
     px = c.pixel * pose.scale
-    c.paint(0.12 * cover(lenses, px), torch.ones_like(colour))
-    shape = cover(_frame(u, v, who, pose, lenses), px)
+    lenses = cover(_lenses(u, v, who, pose, LENS[0]), px)
+    c.paint(0.12 * lenses, torch.ones_like(colour))
+    shape = cover(_frame(u, v, who, pose, LENS[0]), px)
     c.paint(shape, colour * 0.45)
     return shape
 
@@ -181,12 +180,11 @@ def _glasses(c: Canvas, pose: Pose, who: Anatomy, colour: Tensor) -> Tensor:
 def _sunglasses(c: Canvas, pose: Pose, who: Anatomy, colour: Tensor) -> Tensor:
     u, v = pose.head(c.x, c.y)
     half = (_reach(who, pose) - 1.6).clamp(max=LENS[0])  # near eyes, too, leave a bridge
-    lenses = _lenses(u, v, who, pose, half)
     px = c.pixel * pose.scale
-    glass = cover(lenses, px)
+    glass = cover(_lenses(u, v, who, pose, half), px)
     tint = 0.01 + 0.05 * ((v - who.eye_y + 6) / 12).clamp(0, 1)
     c.paint(glass, tint.unsqueeze(1).expand(-1, 3, -1, -1))
-    frame = cover(_frame(u, v, who, pose, lenses), px)
+    frame = cover(_frame(u, v, who, pose, half), px)
     c.paint(frame, colour * 0.35)
     return torch.maximum(glass, frame)
 
@@ -209,13 +207,12 @@ def _hat(c: Canvas, pose: Pose, who: Anatomy, colour: Tensor) -> Tensor:
 def _scarf(c: Canvas, pose: Pose, who: Anatomy, colour: Tensor) -> Tensor:
     u, v = pose.body(c.x, c.y)
     px = c.pixel * pose.scale
-    wrap = torch.maximum(bow(u, v - 38.5, 21.0, 8.5, -4.0), u.abs() - 19.5)
-    tail = box(u - 9, v - 56, 5.0, 15.0, 1.5)
-    shape = cover(torch.minimum(wrap, tail), px)
+    wrap = torch.maximum(bow(u, v - 39.0, 21.0, 9.5, -4.0), u.abs() - 19.5)
+    shape = cover(wrap, px)
     c.paint(shape, colour * 0.75 + 0.1)
-    stripe = torch.minimum(bow(u, v - 38.5, 21.0, 2.4, -4.0), (v - 64).abs() - 2.0)
+    stripe = bow(u, v - 39.0, 21.0, 2.8, -4.0)
     c.paint(shape * cover(stripe, px), colour * 0.4 + 0.55)  # of one colour it looks like a neck
-    c.paint(0.7 * cover(wrap.abs() - 0.7, px), colour * 0.3)
+    c.paint(cover(wrap.abs() - 1.0, px), colour * 0.25)
     return shape
 
 
