@@ -66,10 +66,16 @@ def train(
 def _planned_steps(
     modules: dict[str, nn.Module], folder: RunFolder, step: Step, minutes: float
 ) -> int:
-    """Steps that fit the time, measured once per run folder so that a resumed run agrees."""
+    """Steps that fit the time; one is timed once per run folder, so that a resumed run agrees."""
     path = folder.path / "plan.json"
-    if path.exists():
-        return int(json.loads(path.read_text(encoding="utf-8"))["steps"])
+    if not path.exists():
+        folder.write_text(path.name, json.dumps({"seconds_per_step": _time_step(modules, step)}))
+    seconds = json.loads(path.read_text(encoding="utf-8"))["seconds_per_step"]
+    return max(int(_PLANNED * 60 * minutes / seconds), 1)
+
+
+def _time_step(modules: dict[str, nn.Module], step: Step) -> float:
+    """Seconds of a step's forward and backward pass."""
     device = next(p.device for m in modules.values() for p in m.parameters())
     start = time.monotonic()
     for i in range(_WARM + _TIMED):
@@ -80,10 +86,7 @@ def _planned_steps(
             loss = step(i)["loss"]
         loss.backward()
     _finish(device)
-    seconds = (time.monotonic() - start) / _TIMED
-    steps = max(int(_PLANNED * 60 * minutes / seconds), 1)
-    folder.write_text("plan.json", json.dumps({"steps": steps, "seconds_per_step": seconds}))
-    return steps
+    return (time.monotonic() - start) / _TIMED
 
 
 def _finish(device: torch.device) -> None:

@@ -15,7 +15,7 @@ from difflora_core.lora_space import LoraSpace
 from difflora_core.mini_world import open_part
 from tests.training.tiny_world import write_world
 from training.__main__ import open_run
-from training.artifacts import artifacts_folder, read_manifest
+from training.artifacts import artifacts_folder, read_artifact, read_manifest, save_artifact
 from training.base.config import UnetConfig
 from training.base.models import NOISE_SCHEDULE, alphas, open_vae
 from training.base.noise import NoiseSchedule
@@ -221,6 +221,32 @@ def test_training_can_go_on_from_an_artifact(config: Config, tmp_path: Path) -> 
     after = open_part("vae.safetensors", artifacts_folder(config)).tensors
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert any(tensor.abs().sum() > 0 for tensor in before.values())
+
+
+def test_a_finished_part_is_no_result_of_other_settings(config: Config, tmp_path: Path) -> None:
+    few = [
+        "base.unet.optim.steps=1", "base.unet.batch=2", "base.unet.pool=4", "base.unet.measured=4",
+        "base.only=[unet]",
+    ]  # fmt: skip
+    file = tmp_path / "tiny.toml"
+    for start in ([], ["base.unet.start=artifact", f"run.root={tmp_path / 'again'}"]):
+        first = load_config(file, [*few, *start])
+        if start:
+            save_vae(first, 0.5)
+        train_base(first, open_run(first, "train-base"))
+        train_base(first, open_run(first, "train-base"))  # its own result is no other start
+        for words in (["run.seed=3"], ["base.unet.styles=[1.0,2.0,1.0,1.0,1.0]"]):
+            other = load_config(file, [*few, *start, *words])
+            with pytest.raises(BadConfig, match=r"unet was trained with .*, now it is .*run\.root"):
+                train_base(other, open_run(other, "train-base"))
+        save_vae(first, 0.6)
+        with pytest.raises(BadConfig, match="unet was trained with the artifact vae"):
+            train_base(first, open_run(first, "train-base"))
+
+
+def save_vae(config: Config, scale: float) -> None:
+    tensors, header = read_artifact(config, "vae")
+    save_artifact(config, "vae", tensors, header | {"scaling_factor": scale})
 
 
 def test_an_artifact_of_other_sizes_is_refused_before_any_work(

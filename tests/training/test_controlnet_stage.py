@@ -19,6 +19,7 @@ from tests.training.coco_files import overrides, write_split
 from tests.training.controlnet_world import FEW, inputs, randomised, world
 from tests.training.tiny_sd import WIDTH, write_tiny_sd
 from tests.training.tiny_world import write_world
+from training import trained_for
 from training.__main__ import main, open_run
 from training.artifacts import MissingArtifact, artifact, artifacts_folder, read_manifest
 from training.config import Config, load_config
@@ -297,17 +298,17 @@ def test_other_people_and_other_base_models_are_another_training(tmp_path: Path)
     index.parent.mkdir(parents=True)
     index.write_text("first", encoding="utf-8")
     folder, before = RunFolder.create(tmp_path, "x"), record.decisive(config, ObjectiveConfig())
-    record.keep(folder, before)
+    trained_for.keep(folder, before)
     folder.save(1, {}, {}, keep_last=1)
-    record.check(folder, record.decisive(config, ObjectiveConfig()))
+    trained_for.check(folder, record.decisive(config, ObjectiveConfig()))
     index.write_text("second", encoding="utf-8")
     with pytest.raises(BadConfig, match="was trained with people = "):
-        record.check(folder, record.decisive(config, ObjectiveConfig()))
+        trained_for.check(folder, record.decisive(config, ObjectiveConfig()))
     index.write_text("first", encoding="utf-8")
     with artifact(config, "vae").open("ab") as file:
         file.write(b" ")
     with pytest.raises(BadConfig, match="was trained with base model = "):
-        record.check(folder, record.decisive(config, ObjectiveConfig()))
+        trained_for.check(folder, record.decisive(config, ObjectiveConfig()))
 
 
 def test_the_data_set_has_to_be_built_first(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from difflora_core.config import from_dict
 from difflora_core.errors import BadConfig, BadWeightsFile
@@ -22,6 +23,7 @@ from difflora_core.mask_aware import open_landmark_network
 from difflora_core.mini_world import MINI_FOLDER
 from difflora_core.recogniser import Recogniser
 from difflora_core.weights_file import read_safetensors, write_safetensors
+from training import budget
 from training.artifacts import artifacts_folder, read_manifest
 from training.config import Config
 from training.drawing import generator_for
@@ -303,12 +305,25 @@ def test_squares_of_training_keep_points_on_their_faces() -> None:
 
 def test_time_budget_is_measured_once(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, "attribute_heads")
-    data = {"encoders": {"minutes": 0.5}}
-    config = from_dict(Config, _merged(config, data))
+    config = from_dict(Config, _merged(config, {"encoders": {"minutes": 0.5}}))
     folder = RunFolder.create(tmp_path, "train-encoders")
     run(config, folder)
-    plan = json.loads((folder.path / "attribute_heads" / "plan.json").read_text())
-    assert plan["steps"] >= 1 and plan["seconds_per_step"] > 0
+    plan = folder.path / "attribute_heads" / "plan.json"
+    before = plan.read_text()
+    assert json.loads(before)["seconds_per_step"] > 0
+    run(config, folder)
+    assert plan.read_text() == before
+
+
+def test_more_minutes_plan_more_steps_of_the_same_length(tmp_path: Path) -> None:
+    folder, module = RunFolder.create(tmp_path, "x"), nn.Linear(1, 1)
+    folder.write_text("plan.json", json.dumps({"seconds_per_step": 0.5}))
+
+    def never(i: int) -> dict[str, Tensor]:
+        raise AssertionError
+
+    planned = [budget._planned_steps({"x": module}, folder, never, m) for m in (1.0, 3.0)]
+    assert planned == [102, 306]
 
 
 def _merged(config: Config, data: dict) -> dict:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import parallel
+from .. import parallel, trained_for
 from ..artifacts import save_artifact
 from ..budget import train
 from ..config import Config
@@ -44,6 +45,7 @@ def train_unet(config: Config, folder: RunFolder) -> None:
         check_start(config, "unet", unet_config(base.unet, base.text))
         check_start(config, "text_encoder", text_config(base.text))
     part = folder.part("unet")
+    trained_for.begin(part, decisive(config))
     with parallel.first_one_first():
         pool = open_pool(config, part.path / "pool.safetensors", device)
     torch.manual_seed(config.run.seed)  # the same weights whether the pool was drawn or found
@@ -83,6 +85,14 @@ def train_unet(config: Config, folder: RunFolder) -> None:
     save_artifact(config, "unet", unet.state_dict(), built_from, figures)
     words = text_tensors(text.state_dict())
     save_artifact(config, "text_encoder", words, text_config(base.text), figures)
+
+
+def decisive(config: Config) -> dict[str, Any]:
+    """What the training depends on, see `trained_for`."""
+    values = trained_for.settings(config, "base.unet", "base.text")
+    values |= trained_for.inputs(config, "vae")
+    again = config.base.unet.start == "artifact"
+    return values | (trained_for.start(config, "unet", "text_encoder") if again else {})
 
 
 def unet_losses(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from difflora_core.errors import BadConfig
 
+from .. import trained_for
 from ..artifacts import save_artifact
 from ..budget import train
 from ..config import Config
@@ -35,6 +36,9 @@ def train_vae(config: Config, folder: RunFolder) -> None:
     settings, device = config.base.vae, config.run.torch_device()
     if settings.start == "artifact":
         check_start(config, "vae", vae_config(settings))
+    part, values = folder.part("vae"), trained_for.settings(config, "base.vae")
+    again = trained_for.start(config, "vae") if settings.start == "artifact" else {}
+    trained_for.begin(part, values | again)
     torch.manual_seed(config.run.seed)
     vae = build_vae(vae_config(settings)).to(device, memory_format=torch.channels_last)
     if settings.start == "artifact":
@@ -66,7 +70,7 @@ def train_vae(config: Config, folder: RunFolder) -> None:
         {"vae": vae} if critic is None else {"vae": vae, "critic": critic},
         settings.optim,
         config.run,
-        folder.part("vae"),
+        part,
         step,
         batch=settings.batch,
         minutes=settings.minutes,

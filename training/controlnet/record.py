@@ -1,22 +1,18 @@
-"""What decides a ControlNet's training, kept beside its checkpoints: no other training goes on."""
+"""What decides a ControlNet's training: see `trained_for`."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from difflora_core.config import to_dict
-from difflora_core.errors import BadConfig
 
 from ..artifacts import BASE_PARTS, artifact, sha256
 from ..config import Config
-from ..run_folder import RunFolder
 from .config import ObjectiveConfig
 from .people_stage import index_path
 
-FILE = "trained_for.json"
 _DIGITS = 12
 _DATA = ("data", "resolution", "batch", "pool", "mention", "drop_prompt", "smallest_face")
 #: term of the objective -> files that it looks through
@@ -41,25 +37,6 @@ def decisive(config: Config, objective: ObjectiveConfig) -> dict[str, Any]:
         values["base model"] = [sha256(artifact(config, name))[:_DIGITS] for name in BASE_PARTS]
     files = {key: _names(getattr(settings, key)) for key in ("model", *networks)}
     return values | {f"controlnet.{key}": names for key, names in files.items()}
-
-
-def keep(folder: RunFolder, values: dict[str, Any]) -> None:
-    """Write the record of a training that begins."""
-    folder.write_text(FILE, json.dumps(values, indent=2) + "\n")
-
-
-def check(folder: RunFolder, values: dict[str, Any]) -> None:
-    """Errors: BadConfig where the checkpoints of a folder are of another training."""
-    path = folder.path / FILE
-    if not folder.has_checkpoints() or not path.exists():
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    for key, value in values.items():
-        if before.get(key, value) != value:
-            raise BadConfig(
-                f"{folder.name} was trained with {key} = {before[key]!r}, now it is {value!r}.",
-                hint=f"Choose another run.root, or delete {folder.path} to train it anew.",
-            )
 
 
 def _names(paths: str | Sequence[str]) -> str | list[str]:

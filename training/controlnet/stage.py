@@ -15,6 +15,7 @@ from difflora_core.mask_aware.landmarks import open_landmark_network
 from difflora_core.mask_aware.networks import FaceNetwork, open_face_network
 from difflora_core.mask_aware.perceptual import open_lpips
 
+from .. import trained_for
 from ..artifacts import artifact
 from ..base.noise import NoiseSchedule
 from ..base.picture_decoder import PictureDecoder
@@ -102,7 +103,7 @@ def check_records(
     for seed in config.controlnet.seeds:
         for variant, objective in objectives.items():
             part = RunFolder(folder.path / run_name(variant, seed))
-            record.check(part, record.decisive(config, objective))
+            trained_for.check(part, record.decisive(config, objective))
 
 
 def check_taps(network: FaceNetwork | None, weights: Sequence[float], device: torch.device) -> None:
@@ -144,7 +145,7 @@ def train_control(
     """
     config, base, settings = workshop.config, workshop.base, workshop.config.controlnet
     loss = replace(workshop.loss, objective=objective)
-    record.keep(folder, record.decisive(config, objective))
+    trained_for.keep(folder, record.decisive(config, objective))
     torch.manual_seed(seed)
     control = new_control(base.unet, checkpointing=settings.checkpointing)
 

@@ -18,6 +18,7 @@ import torch.multiprocessing as multiprocessing
 from difflora_core.errors import BadConfig, DiffLoRAError
 from difflora_core.recogniser import ConvNeXtConfig, IResNetConfig
 
+from .. import trained_for
 from ..artifacts import artifacts_folder, record_artifact, save_artifact
 from ..config import Config
 from ..loop import Interrupted
@@ -64,6 +65,7 @@ def train_one(name: str, config: Config, path: Path) -> None:
     """Train one encoder, write its artifact, and its figures into its run folder."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     folder = RunFolder(path).part(name)
+    trained_for.begin(folder, trained_for.settings(config, "encoders", f"encoders.{name}"))
     start = time.monotonic()
     figures = _TRAINERS[name](config, folder)
     figures["minutes"] = (time.monotonic() - start) / 60

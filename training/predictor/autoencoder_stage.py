@@ -12,10 +12,11 @@ from difflora_core.lora_space import LoraSpace
 from difflora_core.predictor import Predictor
 from difflora_core.presets import preset
 
+from .. import trained_for
 from ..artifacts import record_artifact
 from ..config import Config
 from ..loop import Trainer
-from ..loras.collect import read_set
+from ..loras.collect import INDEX, read_set
 from ..run_folder import RunFolder
 from .bundle import save_bundle
 from .conditions import PhotoEncoders
@@ -28,6 +29,9 @@ _KEPT_BACK = 10
 
 def run(config: Config, folder: RunFolder) -> None:
     settings, device = config.predictor.autoencoder, config.run.torch_device()
+    part = folder.part(config.predictor.name)
+    values = trained_for.settings(config, "predictor", "predictor.autoencoder")
+    trained_for.begin(part, values | trained_for.inputs(config, INDEX))
     torch.manual_seed(config.run.seed)
     loras = read_set(config)
     vectors = loras.vectors.to(device)
@@ -42,7 +46,7 @@ def run(config: Config, folder: RunFolder) -> None:
         {"autoencoder": predictor.autoencoder},
         settings.optim,
         config.run,
-        folder.part(config.predictor.name),
+        part,
         items_per_step=settings.batch,
     )
 

@@ -10,10 +10,11 @@ from torch import Tensor
 from difflora_core.mif import Condition
 from difflora_core.predictor import Predictor
 
+from .. import trained_for
 from ..artifacts import record_artifact
 from ..config import Config
 from ..loop import Trainer
-from ..loras.collect import read_set
+from ..loras.collect import INDEX, read_set
 from ..portraits import identities
 from ..run_folder import RunFolder
 from .bundle import open_bundle, save_bundle
@@ -24,6 +25,9 @@ from .config import DitTraining
 
 def run(config: Config, folder: RunFolder) -> None:
     name, settings = config.predictor.name, config.predictor.dit
+    part, values = folder.part(name), trained_for.settings(config, "predictor", "predictor.dit")
+    read = (f"{name}_autoencoder", INDEX, "recogniser", "image_encoder")
+    trained_for.begin(part, values | trained_for.inputs(config, *read))
     torch.manual_seed(config.run.seed)
     predictor = open_bundle(config, f"{name}_autoencoder")
     loras = read_set(config)
@@ -37,7 +41,7 @@ def run(config: Config, folder: RunFolder) -> None:
         {"dit": predictor.dit, "mixer": predictor.mixer},
         settings.optim,
         config.run,
-        folder.part(name),
+        part,
         items_per_step=settings.batch,
     )
     trainer.fit(lambda i: dit_losses(predictor, latents, photos, settings, trainer.generator))

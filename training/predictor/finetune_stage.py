@@ -9,6 +9,7 @@ all but the last, then one with.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,8 @@ from difflora_core.mask_aware.pairing import FlatFaces
 from difflora_core.mif import Condition
 from difflora_core.predictor import Predictor
 
-from .. import parallel
-from ..artifacts import artifact
+from .. import parallel, trained_for
+from ..artifacts import BASE_PARTS, artifact
 from ..base.noise import STEPS, NoiseSchedule
 from ..base.painter import Painter, denoised
 from ..base.picture_decoder import PictureDecoder
@@ -42,6 +43,8 @@ PARTS = ("dit", "mixer", "autoencoder")
 
 def run(config: Config, folder: RunFolder) -> None:
     name, settings = config.predictor.name, config.predictor.finetune
+    part = folder.part(name)
+    trained_for.begin(part, decisive(config))
     torch.manual_seed(config.run.seed)
     painter = Painter.open(config)
     pool = build_people_pool(painter, PhotoEncoders(config), settings, config.run.seed)
@@ -50,7 +53,7 @@ def run(config: Config, folder: RunFolder) -> None:
         {part: getattr(predictor, part) for part in PARTS},
         settings.optim,
         config.run,
-        folder.part(name),
+        part,
         EndToEnd(predictor, painter, pool, open_face_term(config, painter), settings).step,
         batch=settings.batch * settings.per_person,
         minutes=settings.minutes,
@@ -64,6 +67,17 @@ def run(config: Config, folder: RunFolder) -> None:
     predictor.config = replace(predictor.config, sampling=sampling)
     figures = {"people": len(pool), "steps": trainer.step}
     finish(config, predictor, [], figures, final=True)
+
+
+def decisive(config: Config) -> dict[str, Any]:
+    """What the training depends on, see `trained_for`."""
+    name, begun = config.predictor.name, config.predictor.finetune.start
+    values = trained_for.settings(config, "predictor", "predictor.finetune")
+    values |= {"loras.rank": config.loras.rank, "loras.gauge": config.loras.gauge}
+    values |= trained_for.inputs(config, *BASE_PARTS, "recogniser", "image_encoder")
+    if begun == "dit":
+        values |= trained_for.inputs(config, f"{name}_dit")
+    return values | (trained_for.start(config, name) if begun == "artifact" else {})
 
 
 def starting_predictor(config: Config, pool: PeoplePool) -> Predictor:
