@@ -6,12 +6,14 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from .errors import BadWeightsFile, DiffLoRAError
 
 if TYPE_CHECKING:
+    from .lora import LoraLayer
     from .lora_reading import LoraReading
 
 BAR = 30
@@ -66,10 +68,18 @@ def naming(path: Path) -> Iterator[None]:
 
 def open_input(path: Path) -> LoraReading:
     """A LoRA of any model whose layers are read when they are needed. Errors name the file."""
+    from .lora import LazyLayers
     from .weights_file import open_lora
 
     with naming(path):
-        return open_lora(path, lazy=True, any_model=True)
+        reading = open_lora(path, lazy=True, any_model=True)
+
+    def read(name: str) -> LoraLayer:
+        with naming(path):
+            return reading.lora.layers[name]
+
+    layers = LazyLayers(reading.lora.outline, read)
+    return replace(reading, lora=replace(reading.lora, layers=layers))
 
 
 def check_free(path: Path, overwrite: bool, *suffixes: str) -> None:

@@ -221,6 +221,20 @@ def test_wrong_settings_are_explained(
     assert not out.exists() and not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("command", ["merge", "resize", "compare"])
+def test_the_file_whose_weights_are_no_numbers_is_named(
+    command: str, files: list[str], tmp_path: Path, capsys
+) -> None:
+    broken = lora_to_kohya(read_lora(files[1]))
+    next(tensor for key, tensor in broken.items() if "lora_up" in key)[0, 0] = torch.nan
+    save_file(broken, files[1])
+    given = files[1:2] if command == "resize" else files
+    out = [] if command == "compare" else ["--out", str(tmp_path / "out.safetensors")]
+    error = refused([command, *given, *out], capsys)
+    assert error.startswith("ben.safetensors: ") and "holds NaN" in error
+    assert not (tmp_path / "out.safetensors").exists()
+
+
 def test_wrong_files_are_named(files: list[str], tmp_path: Path, capsys) -> None:
     other, broken = tmp_path / "other.safetensors", tmp_path / "broken.safetensors"
     write_lora(attention_lora("sd15", rank=1), other, LoraHeader(title="other", base="sd15"))
