@@ -146,8 +146,8 @@ def ship(config: Config, folder: RunFolder, shipped: Path | None = None) -> None
     """Stage `ship`: copy the shipped kinds of artifacts into `difflora_core/mini/`.
 
     Copied is what the run's manifest lists, training material left out, and either all of it or
-    nothing. Errors: DiffLoRAError when there is nothing, or when the folder would grow past
-    SHIPPED_LIMIT; OSError.
+    nothing. Errors: DiffLoRAError when there is nothing, when a file is not the one that the
+    manifest tells of, or when the folder would grow past SHIPPED_LIMIT; OSError.
     """
     source, target = artifacts_folder(config), shipped or SHIPPED
     entries = {n: e for n, e in read_manifest(source).items() if _is_shipped(n)}
@@ -166,12 +166,21 @@ def ship(config: Config, folder: RunFolder, shipped: Path | None = None) -> None
             hint=f"The largest is {largest} with {sizes[largest] / 1e6:.1f} MB.",
         )
     with ExitStack() as files:  # which take their places once all are copied
-        for name in entries:
+        for name, entry in entries.items():
             copy = files.enter_context(whole_file(target / name))
+            _refuse_other(source / name, entry)
             with (source / name).open("rb") as file:
                 shutil.copyfileobj(file, copy)
     write_manifest(target, read_manifest(target) | entries)
     logger.info("%s: %d files, %.1f MB shipped", folder.name, len(entries), total / 1e6)
+
+
+def _refuse_other(path: Path, entry: Mapping[str, Any]) -> None:
+    if sha256(path) != entry["sha256"]:
+        raise DiffLoRAError(
+            f"{path.name} is another file than {MANIFEST} tells of: its sha256 differs.",
+            hint="Run the stage that makes it again, so that both are of one training.",
+        )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -126,6 +126,18 @@ def test_ship_copies_all_files_or_none(config: Config, tmp_path: Path) -> None:
     assert (shipped / "unet.safetensors").read_bytes() == b"before"
 
 
+def test_ship_refuses_a_file_that_the_manifest_does_not_tell_of(
+    config: Config, tmp_path: Path
+) -> None:
+    shipped = tmp_path / "shipped"
+    _save(config, "unet")
+    with _save(config, "vae").open("ab") as file:
+        file.write(b"more")
+    with pytest.raises(DiffLoRAError, match=r"vae\.safetensors is another file than"):
+        ship(config, RunFolder.create(config.run.root, "ship"), shipped)
+    assert not list(shipped.iterdir())
+
+
 def test_commands_are_recorded_without_folders(monkeypatch: pytest.MonkeyPatch) -> None:
     words = [
         "train.py",

@@ -16,6 +16,7 @@ from difflora_core.mask_aware.perceptual import STAGES
 from difflora_core.weights_file import write_safetensors
 from tests.training.controlnet_world import inputs, randomised, world
 from training.base.models import NOISE_SCHEDULE
+from training.controlnet import export as exporting
 from training.controlnet import stage
 from training.controlnet.base_model import BaseModel, open_base
 from training.controlnet.batches import PeopleBatch
@@ -69,6 +70,27 @@ def test_variants_are_names_or_changes() -> None:
 def test_impossible_variants_are_explained(variant: str) -> None:
     with pytest.raises(BadConfig):
         objective_of(variant, ObjectiveConfig())
+
+
+def test_an_export_that_fails_leaves_the_one_before(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, control = world(tmp_path), new_control(base.unet)
+    folder = exporting.export(config, "face", control, {})
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert len(before) == 3
+    torch.nn.init.ones_(control.conv_in.bias)
+
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(exporting, "write_safetensors", full)
+        exporting.export(config, "face", control, {})
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == ["face"]
+    exporting.export(config, "face", control, {})
+    assert (folder / exporting.WEIGHTS).read_bytes() != before[exporting.WEIGHTS]
 
 
 def test_a_new_control_changes_nothing_and_copies_the_encoder(base: BaseModel) -> None:

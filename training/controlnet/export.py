@@ -12,7 +12,9 @@ of attention heads.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -35,17 +37,31 @@ _PREFIX = "control_model."
 
 
 def export(config: Config, name: str, control: Control, figures: Mapping[str, Any]) -> Path:
-    """Write both forms in half precision; the folder. Errors: LayoutMismatch."""
+    """Write both forms in half precision; the folder. Errors: LayoutMismatch, OSError."""
     folder = control_folder(config, name)
     whole = with_hint(control).half()
-    whole.save_pretrained(folder, safe_serialization=True)
     tensors, base = comfyui_tensors(whole.state_dict())
-    single = folder / f"{name}_comfyui.safetensors"
-    write_safetensors(single, tensors, _header(name, base), overwrite=True)
-    for file in (folder / WEIGHTS, single):
+    single = f"{name}_comfyui.safetensors"
+    with _whole_folder(folder) as place:
+        whole.save_pretrained(place, safe_serialization=True)
+        write_safetensors(place / single, tensors, _header(name, base))
+    for file in (folder / WEIGHTS, folder / single):
         relative = file.relative_to(artifacts_folder(config)).as_posix()
         record_artifact(config, relative, figures)
     return folder
+
+
+@contextmanager
+def _whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `path` once the block has ended well."""
+    path = path.resolve()  # what a link leads to is replaced, not the link
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+        filled, former = Path(temporary) / "new", Path(temporary) / "former"
+        yield filled
+        if path.exists():
+            path.rename(former)
+        filled.rename(path)
 
 
 def open_control(config: Config, name: str) -> Control:
