@@ -20,6 +20,7 @@ from .run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
+_PLAN = "plan.json"
 _WARM, _TIMED = 5, 20
 #: share of the time for which steps are planned; the rest is reserve
 _PLANNED = 0.85
@@ -60,6 +61,8 @@ def train(
     except OutOfTime:
         if not own_time:  # unfinished weights are no result unless this much was asked for
             raise
+        # its time is used up: the same command plans these steps again, not more
+        _keep_plan(folder, _PLANNED * 60 * minutes / (trainer.step + 0.5))
     return trainer
 
 
@@ -67,11 +70,15 @@ def _planned_steps(
     modules: dict[str, nn.Module], folder: RunFolder, step: Step, minutes: float
 ) -> int:
     """Steps that fit the time; one is timed once per run folder, so that a resumed run agrees."""
-    path = folder.path / "plan.json"
-    if not path.exists():
-        folder.write_text(path.name, json.dumps({"seconds_per_step": _time_step(modules, step)}))
+    path = folder.path / _PLAN
+    if not path.exists() or not folder.has_checkpoints():
+        _keep_plan(folder, _time_step(modules, step))
     seconds = json.loads(path.read_text(encoding="utf-8"))["seconds_per_step"]
     return max(int(_PLANNED * 60 * minutes / seconds), 1)
+
+
+def _keep_plan(folder: RunFolder, seconds: float) -> None:
+    folder.write_text(_PLAN, json.dumps({"seconds_per_step": seconds}))
 
 
 def _time_step(modules: dict[str, nn.Module], step: Step) -> float:

@@ -20,7 +20,7 @@ from types import FrameType
 import torch
 from torch import Tensor, nn
 
-from difflora_core.errors import DiffLoRAError
+from difflora_core.errors import BadConfig, DiffLoRAError
 
 from . import parallel
 from .example_pool import Pool
@@ -166,6 +166,12 @@ class Trainer:
             self.pool.restore(checkpoint.state["pool"])
         self._set_random_state(checkpoint.state["random"])
         self.step = checkpoint.step
+        if self.step > self.optim.steps:
+            raise BadConfig(
+                f"{self.folder.name} has trained for {self.step} steps, more than the "
+                f"{self.optim.steps} that are asked for now.",
+                hint="Ask for as many or more, or choose another run.root.",
+            )
 
     def _advance(self, step: Step) -> dict[str, Tensor]:
         for optimizer in self.optimizers:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from difflora_core.config import to_dict
 from difflora_core.errors import BadConfig
+from difflora_core.tensor_file import TensorFile
 
 from . import parallel
 from .artifacts import artifact, artifacts_folder, sha256
@@ -23,8 +25,10 @@ _FREE = (
 
 
 def settings(config: Config, *sections: str) -> dict[str, Any]:
-    """Key of the configuration -> value, of sections without the tables inside; and the seed."""
-    values: dict[str, Any] = {"run.seed": config.run.seed}
+    """Key of the configuration -> value, of sections without the tables inside; with the seed and
+    the number of processes, each of which takes a batch.
+    """
+    values: dict[str, Any] = {"run.seed": config.run.seed, "processes": parallel.count()}
     for name in sections:
         section: Any = config
         for part in name.split("."):
@@ -39,8 +43,15 @@ def settings(config: Config, *sections: str) -> dict[str, Any]:
 
 
 def inputs(config: Config, *names: str) -> dict[str, str]:
-    """Artifacts that a training reads, by content. Errors: MissingArtifact."""
-    return {f"the artifact {n}": sha256(artifact(config, n))[:_DIGITS] for n in names}
+    """Artifacts that a training reads, by content. Errors: MissingArtifact, BadWeightsFile."""
+    return {f"the artifact {n}": content(artifact(config, n)) for n in names}
+
+
+def content(path: Path) -> str:
+    """First digits of a digest; of weights alone, since headers hold notes that decide nothing."""
+    if path.suffix == ".safetensors":
+        return TensorFile(path).weights_hash().removeprefix("0x")[:_DIGITS]
+    return sha256(path)[:_DIGITS]
 
 
 def start(config: Config, *names: str) -> dict[str, str]:
@@ -58,13 +69,8 @@ def begin(folder: RunFolder, values: Mapping[str, Any]) -> None:
     Errors: BadConfig.
     """
     check(folder, values)
-    if parallel.rank() == 0:
-        keep(folder, values)
-
-
-def keep(folder: RunFolder, values: Mapping[str, Any]) -> None:
-    """Write the record of a training that begins."""
-    folder.write_text(FILE, json.dumps(dict(values), indent=2) + "\n")
+    if parallel.rank() == 0 and not folder.has_checkpoints():  # nobody knows what older ones are of
+        folder.write_text(FILE, json.dumps(dict(values), indent=2) + "\n")
 
 
 def check(folder: RunFolder, values: Mapping[str, Any]) -> None:

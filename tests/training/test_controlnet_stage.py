@@ -21,7 +21,13 @@ from tests.training.tiny_sd import WIDTH, write_tiny_sd
 from tests.training.tiny_world import write_world
 from training import trained_for
 from training.__main__ import main, open_run
-from training.artifacts import MissingArtifact, artifact, artifacts_folder, read_manifest
+from training.artifacts import (
+    MissingArtifact,
+    artifacts_folder,
+    read_artifact,
+    read_manifest,
+    save_artifact,
+)
 from training.config import Config, load_config
 from training.controlnet import people_stage, record, stage
 from training.controlnet.base_model import open_base
@@ -298,16 +304,16 @@ def test_other_people_and_other_base_models_are_another_training(tmp_path: Path)
     index.parent.mkdir(parents=True)
     index.write_text("first", encoding="utf-8")
     folder, before = RunFolder.create(tmp_path, "x"), record.decisive(config, ObjectiveConfig())
-    trained_for.keep(folder, before)
+    trained_for.begin(folder, before)
     folder.save(1, {}, {}, keep_last=1)
     trained_for.check(folder, record.decisive(config, ObjectiveConfig()))
     index.write_text("second", encoding="utf-8")
     with pytest.raises(BadConfig, match="was trained with people = "):
         trained_for.check(folder, record.decisive(config, ObjectiveConfig()))
     index.write_text("first", encoding="utf-8")
-    with artifact(config, "vae").open("ab") as file:
-        file.write(b" ")
-    with pytest.raises(BadConfig, match="was trained with base model = "):
+    tensors, header = read_artifact(config, "vae")
+    save_artifact(config, "vae", {k: t + 1 for k, t in tensors.items()}, header)
+    with pytest.raises(BadConfig, match="was trained with the artifact vae = "):
         trained_for.check(folder, record.decisive(config, ObjectiveConfig()))
 
 

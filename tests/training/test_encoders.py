@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,11 +24,19 @@ from difflora_core.mask_aware import open_landmark_network
 from difflora_core.mini_world import MINI_FOLDER
 from difflora_core.recogniser import Recogniser
 from difflora_core.weights_file import read_safetensors, write_safetensors
-from training import budget
+from training import budget, trained_for
 from training.artifacts import artifacts_folder, read_manifest
 from training.config import Config
 from training.drawing import generator_for
-from training.encoders import attributes, damage, detector, image_encoder, landmarks, recogniser
+from training.encoders import (
+    attributes,
+    damage,
+    detector,
+    image_encoder,
+    landmarks,
+    recogniser,
+    stage,
+)
 from training.encoders.attributes_net import (
     PortraitNet,
     PortraitNetConfig,
@@ -37,7 +46,7 @@ from training.encoders.attributes_net import (
 from training.encoders.config import NAMES, RecogniserTraining
 from training.encoders.detector_loss import assign, diou_loss, focal
 from training.encoders.image_encoder import own_name
-from training.encoders.stage import run, run_together
+from training.encoders.stage import decisive, run, run_together
 from training.example_pool import Pool
 from training.portraits import ATTRIBUTES
 from training.run_config import MAX_SEED, RunConfig
@@ -318,6 +327,7 @@ def test_time_budget_is_measured_once(tmp_path: Path) -> None:
 def test_more_minutes_plan_more_steps_of_the_same_length(tmp_path: Path) -> None:
     folder, module = RunFolder.create(tmp_path, "x"), nn.Linear(1, 1)
     folder.write_text("plan.json", json.dumps({"seconds_per_step": 0.5}))
+    folder.save(1, {}, {}, keep_last=1)
 
     def never(i: int) -> dict[str, Tensor]:
         raise AssertionError
@@ -332,6 +342,36 @@ def _merged(config: Config, data: dict) -> dict:
     merged = to_dict(config)
     merged["encoders"] |= data["encoders"]
     return merged
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_another_training_of_any_encoder_is_refused_before_one_trains(
+    tmp_path: Path, parallel: bool
+) -> None:
+    config = tiny_config(tmp_path, "landmarks", "attribute_heads")
+    folder = RunFolder.create(tmp_path, "train-encoders")
+    other = replace(config, run=replace(config.run, seed=5))
+    trained_for.begin(part := folder.part("attribute_heads"), decisive(other, "attribute_heads"))
+    part.save(1, {}, {}, keep_last=1)
+    config = replace(config, encoders=replace(config.encoders, parallel=parallel))
+    with pytest.raises(BadConfig, match=r"attribute_heads was trained with run\.seed = 5"):
+        run(config, folder)
+    assert not (folder.path / "landmarks").exists()
+
+
+def test_what_fails_in_a_process_of_its_own_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise BadConfig("Nothing fits.", hint="Try another one.")
+
+    monkeypatch.setattr(stage, "train_one", refuse)
+    with pytest.raises(SystemExit) as ended:
+        stage._work("landmarks", tiny_config(tmp_path, "landmarks"), tmp_path)
+    assert ended.value.code == 1
+    assert [record.getMessage() for record in caplog.records] == [
+        "landmarks: Nothing fits. Try another one."
+    ]
 
 
 def test_unknown_encoder_names_the_nearest(tmp_path: Path) -> None:

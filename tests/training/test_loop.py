@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from difflora_core.errors import DiffLoRAError
+from difflora_core.errors import BadConfig, DiffLoRAError
 from training import budget
 from training.example_pool import Pool
 from training.loop import Interrupted, OutOfTime, Trainer, TrainingDiverged, lr_factor
@@ -85,6 +85,14 @@ def test_finished_run_does_no_further_step(tmp_path: Path) -> None:
     _assert_equal(again.weights(), first.weights())
 
 
+def test_fewer_steps_than_are_done_are_refused(tmp_path: Path) -> None:
+    first = Job(tmp_path)
+    first.trainer.fit(first.step)
+    again = Job(tmp_path, dataclasses.replace(OPTIM, steps=6))
+    with pytest.raises(BadConfig, match="job has trained for 8 steps, more than the 6 that are"):
+        again.trainer.fit(again.step)
+
+
 def test_time_limit_stops_with_a_checkpoint(tmp_path: Path) -> None:
     job = Job(tmp_path, run=dataclasses.replace(RUN, max_minutes=1e-9))
     with pytest.raises(OutOfTime, match="job stopped at step 1: its time was up"):
@@ -110,6 +118,27 @@ def test_own_minutes_end_a_training_and_those_of_the_run_interrupt_it(
     else:
         with pytest.raises(OutOfTime):
             step_at_which_it_ends()
+
+
+def test_a_training_whose_time_is_used_up_is_finished(tmp_path: Path) -> None:
+    optim = dataclasses.replace(OPTIM, steps=10**6)
+
+    def trained(job: Job) -> int:
+        job.folder.write_text(budget._PLAN, '{"seconds_per_step": 1e-9}')
+        job.trainer.save()
+        return budget.train(
+            {"model": job.model}, optim, RUN, job.folder, job.step, batch=16, minutes=2e-3
+        ).step
+
+    first = Job(tmp_path)
+    done = trained(first)
+    assert 0 < done < 10**6
+    again = Job(tmp_path)
+    steps = budget.train(
+        {"model": again.model}, optim, RUN, again.folder, again.step, batch=16, minutes=2e-3
+    ).step
+    assert steps == done and again.seen == []
+    _assert_equal(again.model.state_dict(), first.model.state_dict())
 
 
 def test_damaged_newest_checkpoint_is_skipped(tmp_path: Path) -> None:

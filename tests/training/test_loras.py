@@ -19,7 +19,7 @@ from training.artifacts import artifacts_folder, read_artifact, save_artifact
 from training.base.painter import Painter
 from training.config import Config, load_config
 from training.loop import OutOfTime
-from training.loras.collect import read_set
+from training.loras.collect import INDEX, read_set
 from training.loras.collect import run as collect
 from training.loras.config import LorasConfig
 from training.loras.learnable import explained_by_identity
@@ -161,11 +161,14 @@ def test_nothing_usable_is_one_sentence_and_keeps_the_old_set(config: Config) ->
     assert len(read_set(config)) == 3
 
 
-def test_collecting_again_leaves_no_old_shards(config: Config) -> None:
+def test_collecting_again_makes_the_same_set_and_leaves_no_old_shards(config: Config) -> None:
     folder = open_run(config, "train-identity-loras")
     train(config, folder)
+    made = set()
     for _ in range(2):
         collect(config, open_run(config, "collect-loras"))
+        made.add((artifacts_folder(config) / INDEX).read_text())
+    assert len(made) == 1
     assert len(list((artifacts_folder(config) / "loras").glob("*.safetensors"))) == 1
     assert len(read_set(config)) == 3
 

@@ -64,6 +64,23 @@ def test_a_folder_without_checkpoints_takes_any_training(tmp_path: Path) -> None
         trained_for.begin(folder, {"run.seed": 1})
 
 
+def test_checkpoints_without_a_record_get_none(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "unet")
+    folder.save(1, {}, {}, keep_last=1)
+    trained_for.begin(folder, {"run.seed": 1})
+    assert not (folder.path / trained_for.FILE).exists()
+
+
+def test_notes_in_a_header_decide_nothing(tmp_path: Path) -> None:
+    config, weights = config_with(tmp_path), {"x": torch.ones(2)}
+    save_artifact(config, "vae", weights, {"note": "first"})
+    first = trained_for.inputs(config, "vae")
+    save_artifact(config, "vae", weights, {"note": "second"})
+    assert trained_for.inputs(config, "vae") == first
+    save_artifact(config, "vae", {"x": torch.zeros(2)}, {"note": "second"})
+    assert trained_for.inputs(config, "vae") != first
+
+
 def test_what_is_read_counts_by_content_and_a_result_is_no_other_start(tmp_path: Path) -> None:
     config = config_with(tmp_path)
     shipped = trained_for.inputs(config, "vae")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import parallel, trained_for
-from ..artifacts import save_artifact
+from ..artifacts import read_artifact, save_artifact
 from ..budget import train
 from ..config import Config
 from ..run_folder import RunFolder
@@ -91,6 +91,7 @@ def decisive(config: Config) -> dict[str, Any]:
     """What the training depends on, see `trained_for`."""
     values = trained_for.settings(config, "base.unet", "base.text")
     values |= trained_for.inputs(config, "vae")
+    values["scaling_factor"] = read_artifact(config, "vae")[1]["scaling_factor"]
     again = config.base.unet.start == "artifact"
     return values | (trained_for.start(config, "unet", "text_encoder") if again else {})
 

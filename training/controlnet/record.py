@@ -8,15 +8,17 @@ from typing import Any
 
 from difflora_core.config import to_dict
 
-from ..artifacts import BASE_PARTS, artifact, sha256
+from .. import trained_for
+from ..artifacts import BASE_PARTS
 from ..config import Config
 from .config import ObjectiveConfig
 from .people_stage import index_path
 
-_DIGITS = 12
 _DATA = ("data", "resolution", "batch", "pool", "mention", "drop_prompt", "smallest_face")
 #: term of the objective -> files that it looks through
 _NETWORKS = {"face": "face_network", "landmark": "landmark_network", "body": "vgg"}
+#: key of such a file -> the mini world's network that stands in for none
+_OWN = {"face_network": "recogniser", "landmark_network": "landmarks"}
 
 
 def decisive(config: Config, objective: ObjectiveConfig) -> dict[str, Any]:
@@ -32,9 +34,10 @@ def decisive(config: Config, objective: ObjectiveConfig) -> dict[str, Any]:
     values |= {f"controlnet.{key}": getattr(settings, key) for key in _DATA}
     index = index_path(config, "train")
     if settings.data == "people" and index.exists():  # its absence is refused where it is read
-        values["people"] = sha256(index)[:_DIGITS]
+        values["people"] = trained_for.content(index)
     if not settings.model:
-        values["base model"] = [sha256(artifact(config, name))[:_DIGITS] for name in BASE_PARTS]
+        own = [_OWN[key] for key in networks if key in _OWN and not getattr(settings, key)]
+        values |= trained_for.inputs(config, *BASE_PARTS, *own)
     files = {key: _names(getattr(settings, key)) for key in ("model", *networks)}
     return values | {f"controlnet.{key}": names for key, names in files.items()}
 

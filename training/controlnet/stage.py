@@ -145,7 +145,7 @@ def train_control(
     """
     config, base, settings = workshop.config, workshop.base, workshop.config.controlnet
     loss = replace(workshop.loss, objective=objective)
-    trained_for.keep(folder, record.decisive(config, objective))
+    trained_for.begin(folder, record.decisive(config, objective))
     torch.manual_seed(seed)
     control = new_control(base.unet, checkpointing=settings.checkpointing)
 

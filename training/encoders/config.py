@@ -165,4 +165,5 @@ class EncodersConfig:
 
     def __post_init__(self) -> None:
         at_least(0, self, "minutes")
-        at_least(1, self, "pool", "chunk", "reuse", "check_people")
+        at_least(1, self, "pool", "chunk", "reuse")
+        at_least(2, self, "check_people")  # strangers are pairs

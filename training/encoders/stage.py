@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch.multiprocessing as multiprocessing
 
@@ -49,6 +50,7 @@ def run(config: Config, folder: RunFolder) -> None:
                 f"encoders.only names {name!r}; encoders are {', '.join(NAMES)}.",
                 hint=f"Did you mean {nearest}?",
             )
+        trained_for.check(RunFolder(folder.path / name), decisive(config, name))
     artifacts_folder(config).mkdir(parents=True, exist_ok=True)
     if config.encoders.parallel and len(config.encoders.only) > 1:
         _train_at_once(config, folder)
@@ -61,11 +63,16 @@ def run(config: Config, folder: RunFolder) -> None:
         logger.info("%s: %s", name, ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
 
 
+def decisive(config: Config, name: str) -> dict[str, Any]:
+    """What the training of an encoder depends on, see `trained_for`."""
+    return trained_for.settings(config, "encoders", f"encoders.{name}")
+
+
 def train_one(name: str, config: Config, path: Path) -> None:
     """Train one encoder, write its artifact, and its figures into its run folder."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     folder = RunFolder(path).part(name)
-    trained_for.begin(folder, trained_for.settings(config, "encoders", f"encoders.{name}"))
+    trained_for.begin(folder, decisive(config, name))
     start = time.monotonic()
     figures = _TRAINERS[name](config, folder)
     figures["minutes"] = (time.monotonic() - start) / 60
@@ -97,6 +104,9 @@ def _work(name: str, config: Config, path: Path) -> None:
     except (Interrupted, KeyboardInterrupt) as stop:
         logger.warning("%s", str(stop) or f"{name} stopped")
         sys.exit(_STOPPED[0])
+    except DiffLoRAError as error:
+        logger.error("%s: %s %s", name, error.message, error.hint)
+        sys.exit(1)
 
 
 def run_together(workers: Sequence[BaseProcess]) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,7 +83,7 @@ def _usable_vector(file: Path, space: LoraSpace, how: str) -> Tensor:
 def write_set(folder: Path, loras: LoraSet, config: LorasConfig, refused: int = 0) -> None:
     """Shards first, the index last: an index that is there describes whole shards."""
     shards = []
-    edition = secrets.token_hex(4)  # an earlier set stays readable until the index changes
+    edition = _edition(loras)  # an earlier set stays readable until the index changes
     (folder / "loras").mkdir(parents=True, exist_ok=True)
     for i in range(0, len(loras), config.shard):
         name = f"loras/shard_{edition}_{i // config.shard:03d}.safetensors"
@@ -108,6 +108,13 @@ def write_set(folder: Path, loras: LoraSet, config: LorasConfig, refused: int = 
     logger.info("%d LoRAs in %d shards, %d refused", len(loras), len(shards), refused)
     if explained is not None:
         logger.info("%.0f %% of what differs between them is who it is", 100 * explained)
+
+
+def _edition(loras: LoraSet) -> str:
+    """Of the content, so that collecting the same LoRAs again makes the same set."""
+    digest = hashlib.sha256(loras.vectors.half().cpu().numpy().tobytes())
+    digest.update(loras.seeds.cpu().numpy().tobytes())
+    return digest.hexdigest()[:8]
 
 
 def read_set(config: Config) -> LoraSet:
