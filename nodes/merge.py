@@ -50,7 +50,7 @@ def size_inputs(default: str, amount: float) -> list[io.Input]:
             "size",
             options=list(SIZES),
             default=default,
-            tooltip="exact loses nothing; rank is the same for all layers; energy and error take "
+            tooltip="exact sets no limit; rank is the same for all layers; energy and error take "
             "the smallest rank of each layer that is good enough; megabytes spreads a file size "
             "over the layers.",
         ),
@@ -125,8 +125,8 @@ class MergeLoras(io.ComfyNode):
             node_id="DiffLoRA_MergeLoRAs",
             display_name="Merge LoRAs",
             category=CATEGORY,
-            description="Makes one LoRA of several, of any ranks and trainers, and says what the "
-            "result keeps of the exact sum. Connect as many as you like.",
+            description="Makes one LoRA of several, of any ranks and trainers, and says what a "
+            "limited size has lost. Up to sixteen go in.",
             inputs=[
                 *sockets.lora_list_inputs(1, "A LoRA; all must be for one base model."),
                 io.String.Input(

@@ -2,7 +2,7 @@
 
     python -m training STAGE --config training/configs/mini.toml [section.key=value ...]
 
-Run the same command again and the stage goes on from its newest checkpoint.
+Run the same command again and a training goes on from its newest checkpoint.
 `python -m training config --config X.toml` prints the complete configuration with comments.
 """
 
