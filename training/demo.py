@@ -62,7 +62,8 @@ def run(config: Config, folder: RunFolder) -> None:
     ]
     save_sheet(folder.path / "sheet.png", {"photo": photos, **pictures}, titles)
     Image.fromarray(to_pixels(people.photos[0])).save(folder.path / "photo.png")
-    header = LoraHeader(title="person", base="mini", trigger=TRIGGER, space_id=people.space.id)
+    space = people.predictor.space.id
+    header = LoraHeader(title="person", base="mini", trigger=TRIGGER, space_id=space)
     write_lora(predictions[0][0], folder.path / "person.safetensors", header, overwrite=True)
     report = {
         "seed": config.run.seed,

@@ -181,14 +181,14 @@ def guide_similarity(studio: Studio, gauge: Gauge, pictures: Tensor) -> Tensor:
 
 
 def curve(painted: Painted) -> list[dict[str, float]]:
-    """Mean likeness at each noise level, over the batches of a row."""
-    levels: dict[float, list[float]] = {}
+    """Mean likeness of the faces at each noise level, over the batches of a row."""
+    levels: dict[float, list[tuple[float, int]]] = {}
     for step in painted.steps:
         if step.faces:
-            levels.setdefault(step.sigma, []).append(step.similarity)
+            levels.setdefault(step.sigma, []).append((step.similarity, step.faces))
     return [
-        {"sigma": sigma, "similarity": sum(values) / len(values)}
-        for sigma, values in levels.items()
+        {"sigma": sigma, "similarity": sum(s * n for s, n in seen) / sum(n for _, n in seen)}
+        for sigma, seen in levels.items()
     ]
 
 
