@@ -6,8 +6,11 @@ agree up to float32 arithmetic; the difference is measured and stored in the man
 
 from __future__ import annotations
 
+import io
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,12 +18,16 @@ from torch import Tensor, nn
 
 from difflora_core.face import TRAINING_FIELD
 from difflora_core.recogniser import Recogniser
+from difflora_core.whole_file import whole_file
 
 from ..artifacts import artifact, artifacts_folder, read_artifact, read_manifest, record_artifact
 from ..config import Config
 from ..run_folder import RunFolder
 from .detector_net import Detector, ExportedDetector
 from .face_pack import DETECTOR_FILE, RECOGNISER_FILE, face_encoder_name
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 _OPSET = 13
 Axes = dict[str, dict[int, str]]
@@ -59,33 +66,47 @@ def export_recogniser(recogniser: Recogniser, path: Path, training: str = "") ->
     """Write ArcFace's single output with a free batch size; returns the largest difference."""
     example = torch.rand(2, 3, 112, 112) * 2 - 1
     axes = {"input": {0: "batch"}, "embedding": {0: "batch"}}
-    difference = export(recogniser.network, example, path, ["embedding"], axes)
-    if training:
-        _tell(path, TRAINING_FIELD, training)
-    return difference
+    told = {TRAINING_FIELD: training} if training else {}
+    return export(recogniser.network, example, path, ["embedding"], axes, told)
 
 
-def export(network: nn.Module, example: Tensor, path: Path, names: list[str], axes: Axes) -> float:
-    """Write a network as ONNX with fp16 weights; compare it with ONNX Runtime on `example`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def export(
+    network: nn.Module,
+    example: Tensor,
+    path: Path,
+    names: list[str],
+    axes: Axes,
+    told: Mapping[str, str] | None = None,
+) -> float:
+    """Write a network as ONNX with fp16 weights; compare it with ONNX Runtime on `example`.
+
+    told: metadata of the file. Errors: OSError.
+    """
+    import onnx
+
+    stream = io.BytesIO()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated, but it needs no further package
         torch.onnx.export(
-            network, (example,), str(path), dynamo=False, opset_version=_OPSET,
+            network, (example,), stream, dynamo=False, opset_version=_OPSET,
             input_names=["input"], output_names=names, dynamic_axes=axes,
             training=torch.onnx.TrainingMode.PRESERVE,  # folded norms would not be fp16 numbers
         )  # fmt: skip
         expected = network(example)
-    halve_weights(path)
-    return _difference(path, example, expected if isinstance(expected, tuple) else (expected,))
+    model = onnx.load_model_from_string(stream.getvalue())
+    halve_weights(model)
+    onnx.helper.set_model_props(model, dict(told or {}))
+    onnx.checker.check_model(model)
+    content = model.SerializeToString()
+    with whole_file(path) as file:
+        file.write(content)
+    return _difference(content, example, expected if isinstance(expected, tuple) else (expected,))
 
 
-def halve_weights(path: Path) -> None:
+def halve_weights(model: ModelProto) -> None:
     """Store large weights that fp16 holds exactly as such, cast to float32 when loaded."""
-    import onnx
-    from onnx import helper, numpy_helper
+    from onnx import TensorProto, helper, numpy_helper
 
-    model = onnx.load(str(path))
     graph, casts = model.graph, []
     for weight in graph.initializer:
         values = numpy_helper.to_array(weight)
@@ -96,27 +117,16 @@ def halve_weights(path: Path) -> None:
             continue
         name = weight.name
         weight.CopyFrom(numpy_helper.from_array(half, f"{name}_half"))
-        casts.append(helper.make_node("Cast", [f"{name}_half"], [name], to=onnx.TensorProto.FLOAT))
+        casts.append(helper.make_node("Cast", [f"{name}_half"], [name], to=TensorProto.FLOAT))
     nodes = [*casts, *graph.node]
     del graph.node[:]
     graph.node.extend(nodes)
-    onnx.checker.check_model(model)
-    onnx.save(model, str(path))
 
 
-def _tell(path: Path, field: str, value: str) -> None:
-    """Write a metadata field into an ONNX file."""
-    import onnx
-
-    model = onnx.load(str(path))
-    onnx.helper.set_model_props(model, {field: value})
-    onnx.save(model, str(path))
-
-
-def _difference(path: Path, example: Tensor, expected: tuple[Tensor, ...]) -> float:
+def _difference(model: bytes, example: Tensor, expected: tuple[Tensor, ...]) -> float:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     found = session.run(None, {"input": example.numpy()})
     pairs = zip(expected, found, strict=True)
     return max(float((a - torch.from_numpy(b)).abs().max()) for a, b in pairs)
