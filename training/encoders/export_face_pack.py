@@ -6,10 +6,10 @@ agree up to float32 arithmetic; the difference is measured and stored in the man
 
 from __future__ import annotations
 
-import io
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -84,16 +84,16 @@ def export(
     """
     import onnx
 
-    stream = io.BytesIO()
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), warnings.catch_warnings(), TemporaryDirectory() as place:
+        drafted = str(Path(place) / "draft.onnx")
         warnings.simplefilter("ignore")  # deprecated, but it needs no further package
         torch.onnx.export(
-            network, (example,), stream, dynamo=False, opset_version=_OPSET,
+            network, (example,), drafted, dynamo=False, opset_version=_OPSET,
             input_names=["input"], output_names=names, dynamic_axes=axes,
             training=torch.onnx.TrainingMode.PRESERVE,  # folded norms would not be fp16 numbers
         )  # fmt: skip
         expected = network(example)
-    model = onnx.load_model_from_string(stream.getvalue())
+        model = onnx.load(drafted)
     halve_weights(model)
     onnx.helper.set_model_props(model, dict(told or {}))
     onnx.checker.check_model(model)
