@@ -36,9 +36,8 @@ def train_vae(config: Config, folder: RunFolder) -> None:
     settings, device = config.base.vae, config.run.torch_device()
     if settings.start == "artifact":
         check_start(config, "vae", vae_config(settings))
-    part, values = folder.part("vae"), trained_for.settings(config, "base.vae")
-    again = trained_for.start(config, "vae") if settings.start == "artifact" else {}
-    trained_for.begin(part, values | again)
+    part = folder.part("vae")
+    trained_for.begin(part, decisive(config))
     torch.manual_seed(config.run.seed)
     vae = build_vae(vae_config(settings)).to(device, memory_format=torch.channels_last)
     if settings.start == "artifact":
@@ -87,6 +86,13 @@ def train_vae(config: Config, folder: RunFolder) -> None:
     save_artifact(
         config, "vae", vae.state_dict(), built_from, measure_vae(vae, settings.measured, device)
     )
+
+
+def decisive(config: Config) -> dict[str, Any]:
+    """What the training depends on, see `trained_for`."""
+    again = config.base.vae.start == "artifact"
+    values = trained_for.settings(config, "base.vae")
+    return values | (trained_for.start(config, "vae") if again else {})
 
 
 def _check_start(settings: VaeConfig) -> None:
