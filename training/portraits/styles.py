@@ -57,6 +57,7 @@ def _photo(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
 
 def _black_and_white(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
     grey = monochrome(_photo(c, light, texture))
+    grey = grey + (grey - blur(grey[:, None], 6)[:, 0])  # hair parts from a background of its grey
     vignette = 1 - 0.25 * (((c.x - 64) ** 2 + (c.y - 64) ** 2) / 8192) ** 2
     return (grey * vignette)[:, None].expand(-1, 3, -1, -1)
 

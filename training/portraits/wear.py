@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .anatomy import Anatomy, Pose
-from .canvas import Canvas, bow, box, choose, circle, cover, ellipse, soft, wide
+from .canvas import Canvas, box, choose, circle, cover, ellipse, soft, wide
 from .vocabulary import ACCESSORIES, CLOTHES
 
 CLOTH_COLOURS = (
@@ -200,19 +200,19 @@ def _hat(c: Canvas, pose: Pose, who: Anatomy, colour: Tensor) -> Tensor:
     c.paint(cover(band, px), colour * 0.3 + 0.6)  # a light ribbon: black hats are seen at night
     c.paint(cover(brim, px), colour * 0.85)
     hat = torch.minimum(crown, brim)
-    c.paint(0.6 * cover(hat.abs() - 0.5, px), colour * 0.3)
+    c.paint(0.8 * cover(hat.abs() - 0.6, px), colour * 0.25)
     return cover(hat, px)
 
 
 def _scarf(c: Canvas, pose: Pose, who: Anatomy, colour: Tensor) -> Tensor:
     u, v = pose.body(c.x, c.y)
     px = c.pixel * pose.scale
-    wrap = torch.maximum(bow(u, v - 39.0, 21.0, 9.5, -4.0), u.abs() - 19.5)
+    wrap = ellipse(u, v - 40.0, 23.0, 10.0)
     shape = cover(wrap, px)
     c.paint(shape, colour * 0.75 + 0.1)
-    stripe = bow(u, v - 39.0, 21.0, 2.8, -4.0)
-    c.paint(shape * cover(stripe, px), colour * 0.4 + 0.55)  # of one colour it looks like a neck
-    c.paint(cover(wrap.abs() - 1.0, px), colour * 0.25)
+    fold = torch.maximum(wrap, -ellipse(u, v - 36.0, 21.0, 8.0))
+    c.paint(cover(fold, px), colour * 0.4 + 0.5)  # of one colour it looks like a neck
+    c.paint(0.8 * cover(wrap.abs() - 0.6, px), colour * 0.25)
     return shape
 
 
@@ -236,4 +236,5 @@ def _earrings(c: Canvas, pose: Pose, who: Anatomy, colour: Tensor) -> Tensor:
     drops = circle(u.abs() - who.width - 1.2, v - 11.5, 4.6)
     shape = cover(drops, px)
     c.paint(shape, gold)
+    c.paint(0.8 * cover(drops.abs() - 0.5, px), gold * 0.35)
     return shape
