@@ -24,6 +24,7 @@ from difflora_core.errors import BadConfig, DiffLoRAError
 
 from . import parallel
 from .example_pool import Pool
+from .meter import Meter
 from .optimizer import build_optimizers, load_state
 from .run_config import OptimConfig, RunConfig
 from .run_folder import Checkpoint, RunFolder
@@ -87,7 +88,7 @@ class Trainer:
         self._draw_own_samples()
         first = parallel.rank() == 0
         log = RunLog(self.folder.log_path, self.optim.steps, self.step) if first else None
-        meter = _Meter(self.items_per_step)
+        meter = Meter(self.items_per_step)
         deadline = self.run.deadline()
         with self._signals():
             while self.step < self.optim.steps:
@@ -202,13 +203,13 @@ class Trainer:
             return self.device.type == "cuda"
         return self.optim.precision == "bf16"
 
-    def _log(self, log: RunLog, meter: _Meter) -> None:
+    def _log(self, log: RunLog, meter: Meter) -> None:
         figures = meter.read()
         log.write(self.step, figures | {"lr": self.optim.lr * lr_factor(self.step - 1, self.optim)})
         if not math.isfinite(figures["loss"]):
             raise self._diverged(f"The loss of {self.folder.name} is {figures['loss']}")
 
-    def _check(self, meter: _Meter) -> None:
+    def _check(self, meter: Meter) -> None:
         """Before a checkpoint. Errors: TrainingDiverged."""
         if not meter.is_finite():
             raise self._diverged(f"The loss of {self.folder.name} is no longer finite")
@@ -271,37 +272,6 @@ def lr_factor(step: int, optim: OptimConfig) -> float:
     progress = min((step - optim.warmup) / max(optim.steps - optim.warmup, 1), 1.0)
     cosine = (1 + math.cos(math.pi * progress)) / 2
     return optim.final_lr + (1 - optim.final_lr) * cosine
-
-
-class _Meter:
-    """Sums the losses on the device; asking for them is the only synchronisation."""
-
-    def __init__(self, items_per_step: int) -> None:
-        self.items_per_step = items_per_step
-        self._reset()
-
-    def add(self, losses: dict[str, Tensor]) -> None:
-        for name, value in losses.items():
-            total = self.totals.get(name)
-            value = value.detach().float()
-            self.totals[name] = value if total is None else total + value
-        self.steps += 1
-
-    def is_finite(self) -> bool:
-        """Whether every loss since the last reading is finite."""
-        return "loss" not in self.totals or bool(self.totals["loss"].isfinite())
-
-    def read(self) -> dict[str, float]:
-        names = list(self.totals)
-        means = (torch.stack([self.totals[name] for name in names]) / self.steps).tolist()
-        rate = self.steps * self.items_per_step / (time.monotonic() - self.start)
-        self._reset()
-        return dict(zip(names, means, strict=True)) | {"items_per_s": rate}
-
-    def _reset(self) -> None:
-        self.totals: dict[str, Tensor] = {}
-        self.steps = 0
-        self.start = time.monotonic()
 
 
 @torch.no_grad()
