@@ -6,18 +6,16 @@ the LoRAs are factored. Seeded per layer: equal seeds give equal files.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..stack import Options, Stack
-from .elections import generator_for
+from .elections import uniform
 from .method import Method
 
 
 def merge(stack: Stack, options: Options) -> Tensor:
     deltas = stack.deltas()
-    generator = generator_for(options.seed, stack.name, deltas.device)
-    kept = torch.rand(deltas.shape, generator=generator, device=deltas.device) < options.density
+    kept = uniform(deltas.shape, options.seed, stack.name, deltas.device) < options.density
     return (deltas * kept * stack.weight_tensor()).sum(0) / options.density
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..stack import Options, Stack
-from .elections import elect, generator_for
+from .elections import elect, uniform
 from .method import Method
 
 #: widest spread of the drop probability around its mean
@@ -22,8 +22,7 @@ _SPREAD = 0.15
 def merge(stack: Stack, options: Options) -> Tensor:
     deltas = stack.deltas()
     keep = keep_probability(deltas, options.density)
-    generator = generator_for(options.seed, stack.name, deltas.device)
-    kept = torch.rand(deltas.shape, generator=generator, device=deltas.device) < keep
+    kept = uniform(deltas.shape, options.seed, stack.name, deltas.device) < keep
     return elect(torch.where(kept, deltas / keep, 0.0), stack.weight_tensor(), stack.mass)
 
 

@@ -33,7 +33,8 @@ def elect(values: Tensor, weights: Tensor, total: float) -> Tensor:
     return mean * total
 
 
-def generator_for(seed: int, name: str, device: torch.device) -> torch.Generator:
-    """Random numbers of one layer, whatever the order of layers."""
+def uniform(shape: torch.Size, seed: int, name: str, device: torch.device) -> Tensor:
+    """Numbers in 0..1 of one layer, equal on every device and whatever the order of layers."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.rand(shape, generator=generator).to(device)
