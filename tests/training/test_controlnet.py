@@ -89,6 +89,18 @@ def test_an_export_that_fails_leaves_the_one_before(
         exporting.export(config, "face", control, {})
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in folder.parent.iterdir()] == ["face"]
+
+    rename = Path.rename
+
+    def stuck(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            raise OSError("No space left on device")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(Path, "rename", stuck)
+        exporting.export(config, "face", control, {})
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     exporting.export(config, "face", control, {})
     assert (folder / exporting.WEIGHTS).read_bytes() != before[exporting.WEIGHTS]
 

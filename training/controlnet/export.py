@@ -61,7 +61,12 @@ def _whole_folder(path: Path) -> Iterator[Path]:
         yield filled
         if path.exists():
             path.rename(former)
-        filled.rename(path)
+        try:
+            filled.rename(path)
+        except OSError:
+            if former.exists():
+                former.rename(path)
+            raise
 
 
 def open_control(config: Config, name: str) -> Control:
