@@ -16,6 +16,7 @@ from difflora_core.mini_world import open_part
 from tests.training.tiny_world import write_world
 from training.__main__ import open_run
 from training.artifacts import artifacts_folder, read_artifact, read_manifest, save_artifact
+from training.base import pool
 from training.base.config import UnetConfig
 from training.base.models import NOISE_SCHEDULE, alphas, open_vae
 from training.base.noise import NoiseSchedule
@@ -116,7 +117,9 @@ def test_the_pool_draws_styles_as_often_as_it_is_told(config: Config) -> None:
     assert not is_held_out(scenes.attributes()).any()
 
 
-def test_a_resumed_run_finds_its_pool(config: Config, tmp_path: Path) -> None:
+def test_a_resumed_run_finds_its_pool(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_world(config)
     few = replace(config, base=replace(config.base, unet=replace(config.base.unet, pool=4)))
     path = tmp_path / "pool.safetensors"
@@ -125,6 +128,10 @@ def test_a_resumed_run_finds_its_pool(config: Config, tmp_path: Path) -> None:
     again = open_pool(few, path, CPU)
     assert path.stat().st_mtime_ns == written
     assert all(torch.equal(value, vars(again)[name]) for name, value in vars(first).items())
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "renderer_digest", lambda: "of another day")
+        open_pool(few, path, CPU)
+        assert path.stat().st_mtime_ns > written
     other = replace(few, run=replace(few.run, seed=5))
     assert not torch.equal(open_pool(other, path, CPU).latents, first.latents)
 

@@ -19,7 +19,7 @@ from difflora_core.weights_file import read_safetensors, write_safetensors
 
 from ..artifacts import artifact, sha256
 from ..config import Config
-from ..portraits import Scene, describe, render, sample_scenes
+from ..portraits import Scene, describe, render, renderer_digest, sample_scenes
 from ..portraits.vocabulary import STYLES, WEIGHTS
 from .config import UnetConfig
 from .models import Vae, open_vae
@@ -57,12 +57,12 @@ class LatentPool:
 def open_pool(config: Config, path: Path, device: torch.device) -> LatentPool:
     """The pool of train-base: drawn and written to `path`, or found there by a resumed run.
 
-    A file that was made from other settings or with another VAE is made anew.
+    A file that was made from other settings, by another renderer or with another VAE is made anew.
     """
     settings, seed = config.base.unet, config.run.seed
     vae = sha256(artifact(config, "vae"))
     drawn_by = [settings.pool, settings.styles, settings.mention, settings.looks]
-    made_of = json.dumps([*drawn_by, seed, vae])
+    made_of = json.dumps([*drawn_by, seed, vae, renderer_digest()])
     if path.exists():
         tensors, header = read_safetensors(path)
         if header.get("made_of") == made_of:

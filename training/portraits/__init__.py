@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .factors import FACTORS, identities
 from .grammar import describe, parse_prompt
-from .render import Portraits, render
+from .render import Portraits, render, renderer_digest
 from .scene import Scene, is_held_out, sample_scenes, with_identity
 from .vocabulary import ATTRIBUTES
 
@@ -18,6 +18,7 @@ __all__ = [
     "is_held_out",
     "parse_prompt",
     "render",
+    "renderer_digest",
     "sample_scenes",
     "with_identity",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -107,3 +109,9 @@ def face_box(who: Anatomy, pose: Pose) -> Tensor:
     x = torch.stack([p[0] for p in xy])
     y = torch.stack([p[1] for p in xy])
     return torch.stack([x.amin(0), y.amin(0), x.amax(0), y.amax(0)], -1)
+
+
+def renderer_digest() -> str:
+    """Of this package's code: another one may mean other scenes, prompts or drawings."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
