@@ -86,7 +86,8 @@ def _run(options: argparse.Namespace) -> None:
     stage = find_stage(options.stage)
     if parallel.count() > 1 and options.stage not in PARALLEL:
         raise BadConfig(f"{options.stage} runs in one process; start it without torchrun.")
-    with RunFolder.create(config.run.root, options.stage).held():
+    folder = RunFolder.create(config.run.root, options.stage)
+    with folder.held(), folder.kept_if_refused("config.toml", "environment.json"):
         with parallel.first_one_first():
             folder = open_run(config, options.stage)
         stage(config, folder)

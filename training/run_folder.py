@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from difflora_core.errors import DiffLoRAError
+from difflora_core.errors import BadConfig, DiffLoRAError
 from difflora_core.whole_file import whole_file
 
 from . import parallel
@@ -129,6 +129,19 @@ class RunFolder:
             yield
         finally:
             lock.release()
+
+    @contextmanager
+    def kept_if_refused(self, *names: str) -> Iterator[None]:
+        """Text files that are as they were before where the block raises BadConfig."""
+        files = [path for path in map(self.path.joinpath, names) if path.exists()]
+        before = {path.name: path.read_text(encoding="utf-8") for path in files}
+        try:
+            yield
+        except BadConfig:
+            if parallel.rank() == 0:  # the others may have read what it wrote
+                for name, text in before.items():
+                    self.write_text(name, text)
+            raise
 
     def has_checkpoints(self) -> bool:
         """Whether this folder or one of its parts holds a checkpoint."""

@@ -55,6 +55,18 @@ def test_another_training_is_refused_and_the_record_stays(
     assert (folder.path / trained_for.FILE).read_text() == before
 
 
+def test_a_refused_run_leaves_the_record_of_the_one_before(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "unet")
+    folder.write_text("config.toml", "of the first")
+    with pytest.raises(BadConfig), folder.kept_if_refused("config.toml", "environment.json"):
+        folder.write_text("config.toml", "of the refused")
+        raise BadConfig("other settings")
+    assert (folder.path / "config.toml").read_text() == "of the first"
+    with folder.kept_if_refused("config.toml"):
+        folder.write_text("config.toml", "of the second")
+    assert (folder.path / "config.toml").read_text() == "of the second"
+
+
 def test_a_folder_without_checkpoints_takes_any_training(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path, "unet")
     trained_for.begin(folder, {"run.seed": 1})
