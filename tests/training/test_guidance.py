@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -16,6 +17,7 @@ from difflora_core.face_crop import TEMPLATE
 from difflora_core.mask_aware.window import WINDOWS, SigmaWindow, window_below
 from tests.training.tiny_world import evaluated_world, write_world
 from training.__main__ import main
+from training.artifacts import artifact
 from training.base.painter import Estimate, Painter
 from training.config import Config, load_config
 from training.guidance import stage
@@ -60,6 +62,10 @@ def test_stage_writes_figures_table_and_sheet(config: Config, tmp_path: Path) ->
     assert len(sigmas) == 3 and all(sigma in WINDOWS["identity"] for sigma in sigmas)
     assert (folder / "table.md").read_text().count("\n") == 2 + len(NAMES)
     assert Image.open(folder / "sheet.png").height == 4 + 6 * 132
+    weights = outcome["protocol"]["weights"]
+    for name in ("unet", "recogniser", "attribute_heads"):
+        path = artifact(config, name)
+        assert hashlib.sha256(path.read_bytes()).hexdigest().startswith(weights[path.name])
     assert outcome["protocol"]["guidance"] == 3.0 and outcome["protocol"]["people"] == 2
 
 
@@ -82,7 +88,7 @@ def test_rows_follow_the_grid() -> None:
 def test_one_reference_is_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(stage, "draw_trial", lambda *args: pytest.fail("work began"))
+    monkeypatch.setattr(stage, "open_bench", lambda *args: pytest.fail("work began"))
     (tmp_path / "tiny.toml").write_text(f'[run]\nroot = "{tmp_path / "run"}"\n')
     words = [*SMALL, "eval.references=1", "--config", str(tmp_path / "tiny.toml")]
     assert main(["evaluate-guidance", *words]) == 2

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,6 +52,8 @@ class Bench:
     trial: Trial
     painter: Painter
     judges: Judges
+    weights: Mapping[str, str]
+    """File name -> digest of base model, judges and predictors, as they were when it was opened."""
 
     @property
     def seeds(self) -> list[int]:

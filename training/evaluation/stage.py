@@ -61,10 +61,10 @@ def run(config: Config, folder: RunFolder) -> None:
             so_far.skipped[name] = error.message
             continue
         add_recovery(so_far, config.eval.seed)
-        write(config, folder, bench.trial, so_far)
+        write(bench, folder, so_far)
     if not so_far.rows:
         raise DiffLoRAError("No row could be evaluated.", hint=" ".join(so_far.skipped.values()))
-    write(config, folder, bench.trial, so_far)
+    write(bench, folder, so_far)
     logger.info("\n%s", markdown(so_far.rows))
 
 
@@ -135,7 +135,8 @@ def open_bench(config: Config) -> Bench:
     """Models, people and prompts of an evaluation."""
     device = config.run.torch_device()
     trial = draw_trial(config.eval, device)
-    return Bench(config, trial, Painter.open(config), Judges.open(config))
+    weights = weights_used(config)
+    return Bench(config, trial, Painter.open(config), Judges.open(config), weights)
 
 
 def add_recovery(so_far: Outcome, seed: int) -> None:
@@ -147,8 +148,9 @@ def add_recovery(so_far: Outcome, seed: int) -> None:
         so_far.rows[name]["recovery"] = ratio
 
 
-def protocol(config: Config, trial: Trial, skipped: dict[str, str]) -> dict[str, Any]:
+def protocol(bench: Bench, skipped: dict[str, str]) -> dict[str, Any]:
     """Everything needed to repeat the evaluation and to read its figures."""
+    config, trial = bench.config, bench.trial
     settings = {k: v for k, v in to_dict(config.eval).items() if k not in ("json", "predictor")}
     device = config.run.torch_device()
     return settings | {
@@ -159,7 +161,7 @@ def protocol(config: Config, trial: Trial, skipped: dict[str, str]) -> dict[str,
         "cosines": "raw",
         "ci95": "percentile bootstrap over people",
         "teacher": to_dict(config.loras),
-        "weights": weights_used(config),
+        "weights": dict(bench.weights),
         "device": device_name(device),
         "torch": torch.__version__,
         "skipped": skipped,
@@ -174,13 +176,13 @@ def weights_used(config: Config) -> dict[str, str]:
     return digests(config, names) | own
 
 
-def write(config: Config, folder: RunFolder, trial: Trial, so_far: Outcome) -> None:
+def write(bench: Bench, folder: RunFolder, so_far: Outcome) -> None:
     """Write figures where they are asked for; figures, table and sheet into the run folder."""
-    outcome = results(protocol(config, trial, so_far.skipped), so_far.rows)
-    write_figures(config, folder, outcome)
+    outcome = results(protocol(bench, so_far.skipped), so_far.rows)
+    write_figures(bench.config, folder, outcome)
     folder.write_text("table.md", markdown(so_far.rows))
-    if config.eval.sheet_people:
-        _save_sheet(folder, trial, so_far.samples, config.eval.sheet_people)
+    if bench.config.eval.sheet_people:
+        _save_sheet(folder, bench.trial, so_far.samples, bench.config.eval.sheet_people)
 
 
 def _of_loras(bench: Bench, row: Personalised) -> dict[str, Figure]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,17 +17,14 @@ from torch import Tensor
 
 from difflora_core.config import to_dict
 from difflora_core.errors import BadConfig
-from training.base.painter import Painter
 from training.config import Config
 from training.evaluation.config import EvalConfig
 from training.evaluation.figures_file import check_place, write_figures
-from training.evaluation.judges import Judges
 from training.evaluation.measures import Yardstick, measure
 from training.evaluation.metrics import reference_similarity
-from training.evaluation.protocol import draw_trial
 from training.evaluation.rows import Bench
 from training.evaluation.sheet import save_sheet
-from training.evaluation.stage import sheet_prompt
+from training.evaluation.stage import open_bench, sheet_prompt
 from training.evaluation.summary import Figure, summarise
 from training.evaluation.table import Rows, markdown, results
 from training.portraits import FACTORS
@@ -79,8 +75,7 @@ def run(config: Config, folder: RunFolder) -> None:
         ),
     )
     plan = list(rows(settings))
-    trial = draw_trial(config.eval, config.run.torch_device())
-    bench = Bench(config, trial, Painter.open(config), Judges.open(config))
+    bench = open_bench(config)
     studio = Studio.open(config, bench)
     gauge = open_gauge(studio)
     so_far = Outcome({}, {}, {}, {})
@@ -92,7 +87,7 @@ def run(config: Config, folder: RunFolder) -> None:
         shown = COLUMNS[: COLUMNS.index("clip_t")]
         words = [f"{name} {figures[name]['mean']:.3f}" for name in shown]
         logger.info("%s: %s (%.0f s)", row.name, ", ".join(words), time.monotonic() - begin)
-        write(config, folder, gauge, studio, so_far)
+        write(folder, gauge, studio.bench, so_far)
     logger.info("\n%s", markdown(so_far.rows, COLUMNS))
 
 
@@ -192,24 +187,25 @@ def curve(painted: Painted) -> list[dict[str, float]]:
     ]
 
 
-def write(config: Config, folder: RunFolder, gauge: Gauge, studio: Studio, so_far: Outcome) -> None:
+def write(folder: RunFolder, gauge: Gauge, bench: Bench, so_far: Outcome) -> None:
     """Figures, curves, table and sheet into the run folder."""
-    trial = studio.bench.trial
-    outcome = results(protocol(config, gauge, trial.prompts), so_far.rows)
+    people = bench.config.guidance.sheet_people
+    outcome = results(protocol(bench, gauge), so_far.rows)
     outcome["curves"] = so_far.curves
-    write_figures(config, folder, outcome)
+    write_figures(bench.config, folder, outcome)
     folder.write_text("table.md", markdown(so_far.rows, COLUMNS))
-    if config.guidance.sheet_people:
-        photos = trial.photos[: config.guidance.sheet_people].cpu()
+    if people:
+        photos = bench.trial.photos[:people].cpu()
         save_sheet(folder.path / "sheet.png", {"photo": photos} | so_far.samples)
 
 
-def protocol(config: Config, gauge: Gauge, prompts: Sequence[str]) -> dict[str, Any]:
+def protocol(bench: Bench, gauge: Gauge) -> dict[str, Any]:
     """Everything needed to repeat the evaluation and to read its figures."""
+    config = bench.config
     shared = ("references", "paint_steps", "guidance", "fid_pictures")
     painting = {name: getattr(config.eval, name) for name in shared}
     return to_dict(config.guidance) | painting | {
-        "prompts_used": list(prompts),
+        "prompts_used": list(bench.trial.prompts),
         "split": "test identities, held-out combinations of attributes",
         "reference": "one photo per person; measured against other pictures of the person",
         "cosines": "raw",
@@ -217,6 +213,7 @@ def protocol(config: Config, gauge: Gauge, prompts: Sequence[str]) -> dict[str, 
         "factor_r2": dict(zip(FACTORS, gauge.factors.trust.tolist(), strict=True)),
         "factor_sim_of_real": gauge.real_factors,
         "ci95": "percentile bootstrap over people",
+        "weights": dict(bench.weights),
         "device": device_name(config.run.torch_device()),
         "torch": torch.__version__,
     }  # fmt: skip
