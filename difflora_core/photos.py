@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from .errors import BadImage
 
@@ -20,8 +20,17 @@ MIN_SIDE = 64
 """Smallest side in pixels: below, a face has too few pixels to be recognised."""
 MAX_PIXELS = 64_000_000
 """Largest picture; more is refused before it is decoded, since it may be an attack on memory."""
-DAMAGE = (OSError, SyntaxError, ValueError, RuntimeError, struct.error, EOFError, MemoryError)
-"""What Pillow's decoders raise on broken files."""
+DAMAGE = (
+    OSError, SyntaxError, ValueError, RuntimeError, struct.error, EOFError, MemoryError,
+    TypeError, AttributeError,
+)  # fmt: skip
+"""What Pillow's decoders raise on broken files; the last two on odd tags of rotated TIFFs."""
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+"""EXIF orientation -> how to see the picture upright."""
 _FULL_SCALES = (255, 1023, 4095, 16383, 65535)
 """White of 8, 10, 12, 14 and 16 bits: cameras leave the upper bits of 16 empty."""
 _OVERSHOOT = 0.5
@@ -74,9 +83,21 @@ def _read_file(path: Path) -> Pixels:
 def _decode(image: Image.Image, name: str) -> Pixels:
     try:
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return _to_rgb(upright(image))
     except DAMAGE as error:
         raise _damaged(name, error) from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A loaded picture, turned as its EXIF orientation says; what cannot be read turns nothing.
+
+    Pillow's own `exif_transpose` writes all tags anew, which fails where another one is odd.
+    """
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except DAMAGE:
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_rgb(image: Image.Image) -> Pixels:

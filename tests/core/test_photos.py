@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from difflora_core.errors import BadImage
 from difflora_core.photos import load_photo
@@ -108,6 +108,33 @@ def test_exif_rotation_is_applied(tmp_path: Path, picture: np.ndarray) -> None:
     exif[0x0112] = 6  # to be turned a quarter clockwise to be seen upright
     loaded = load_photo(save(tmp_path, image, "turned.png", exif=exif))
     assert np.array_equal(loaded, np.rot90(picture, -1))
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_every_exif_orientation_is_as_pillow_turns_it(
+    tmp_path: Path, picture: np.ndarray, turn: int
+) -> None:
+    image = Image.fromarray(picture)
+    image.getexif()[0x0112] = turn
+    expected = np.asarray(ImageOps.exif_transpose(image))
+    for name in ("turned.png", "turned.tif"):
+        path = save(tmp_path, Image.fromarray(picture), name, exif=image.getexif())
+        assert np.array_equal(load_photo(path), expected)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        struct.pack("<HHI4s", 0x011B, 2, 3, b"72"),  # a resolution in letters
+        struct.pack("<HHII", 0x010F, 5, 1, 0),  # a maker as a fraction
+    ],
+)
+def test_a_rotated_photo_with_an_odd_tag_is_read(tmp_path: Path, odd: bytes) -> None:
+    turned = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    tags = b"".join(sorted([turned, odd]))
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + struct.pack("<I", 0)
+    path = save(tmp_path, Image.new("RGB", (96, 80)), "odd.jpg", exif=exif)
+    assert load_photo(path).shape == (96, 80, 3)
 
 
 def test_first_frame_of_an_animation(tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from difflora_core.errors import BadImage
-from difflora_core.photos import DAMAGE
+from difflora_core.photos import DAMAGE, upright
 
 from .people import Picture
 
@@ -30,8 +30,9 @@ def read_picture(folder: Path, picture: Picture) -> Image.Image:
     path, size = folder / picture.file, (picture.width, picture.height)
     try:
         with Image.open(path) as image:
-            upright = image if image.size == size else ImageOps.exif_transpose(image)
-            pixels = upright.convert("RGB")
+            image.load()
+            turned = image if image.size == size else upright(image)
+            pixels = turned.convert("RGB")
     except DAMAGE as error:
         raise BadImage(f"Cannot read the picture {path}: {error}.") from error
     if pixels.size != size:
