@@ -26,9 +26,10 @@ def main() -> int:
     stamp = folder / "difflora-environment"
     if stamp.is_file() and stamp.read_text() == _fingerprint():
         return 0
-    if not python.is_file():
+    if not _is_usable(python):
         _say(f"making {folder}")
-        venv.create(folder, with_pip=True)
+        # what an interrupted call or another Python has left goes; a folder that is none stays
+        venv.create(folder, with_pip=True, clear=(folder / "pyvenv.cfg").is_file())
     _say("installing, torch first")
     # Torch by itself first: the later steps then keep the build that this machine's index offers.
     _pip_install(python, "torch")
@@ -64,6 +65,15 @@ def _interpreter(folder: Path) -> Path:
     return folder / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
 
 
+def _is_usable(python: Path) -> bool:
+    """Whether the environment is whole, and of the Python that makes it."""
+    if not python.is_file():
+        return False
+    code = "import pip, sys; print(sys.version)"
+    done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=False)
+    return done.stdout.strip() == sys.version.strip()
+
+
 def _pip_install(python: Path, *arguments: str) -> None:
     command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
     subprocess.run([*command, "-c", str(CONSTRAINTS), *arguments], check=True)
@@ -86,4 +96,10 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except subprocess.CalledProcessError as failed:
+        sys.exit(
+            f"The environment is not finished: {failed}\nWhat went wrong stands above; the same "
+            "command goes on from here. On Debian, venv is in the package python3-venv."
+        )
