@@ -17,7 +17,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from difflora_core.encode import encode_photos
 from difflora_core.header import LoraHeader
 from difflora_core.lora import Lora
 from difflora_core.predictor import Predictor
@@ -29,7 +28,7 @@ from .config import Config
 from .evaluation.judges import Judges, to_pixels
 from .evaluation.metrics import reference_similarity
 from .evaluation.protocol import TRIGGER, draw_photos, personal
-from .evaluation.sheet import save_sheet
+from .evaluation.sheet import save_png, save_sheet
 from .loras.stage import lora_space
 from .loras.teacher import train_loras
 from .portraits import identities
@@ -61,7 +60,7 @@ def run(config: Config, folder: RunFolder) -> None:
         f"person {i + 1}" if k == 0 else "" for i in range(PEOPLE) for k in range(len(PROMPTS))
     ]
     save_sheet(folder.path / "sheet.png", {"photo": photos, **pictures}, titles)
-    Image.fromarray(to_pixels(people.photos[0])).save(folder.path / "photo.png")
+    save_png(folder.path / "photo.png", Image.fromarray(to_pixels(people.photos[0])))
     space = people.predictor.space.id
     header = LoraHeader(title="person", base="mini", trigger=TRIGGER, space_id=space)
     write_lora(predictions[0][0], folder.path / "person.safetensors", header, overwrite=True)
@@ -98,8 +97,7 @@ class _People:
     def predict(self, person: int) -> tuple[Lora, float]:
         """The predicted LoRA, and the seconds that it took, photo encoding included."""
         begin = time.monotonic()
-        photo = to_pixels(self.photos[person])
-        features = encode_photos([photo], self.judges.face_encoder, self.judges.image_encoder)
+        features = self.judges.features(to_pixels(self.photos[person]))
         lora = self.predictor.predict(features, seed=self.config.run.seed).lora
         return lora, time.monotonic() - begin
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import io
 import logging
 import time
 from pathlib import Path
 from typing import Any
+
+from .run_folder import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -53,10 +56,11 @@ class RunLog:
             csv.DictWriter(file, self._columns, restval="").writerow(row)
 
     def _write_all(self) -> None:
-        with self.path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self._columns, restval="")
-            writer.writeheader()
-            writer.writerows(self._rows)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns, restval="")
+        writer.writeheader()
+        writer.writerows(self._rows)
+        write_whole(self.path, text.getvalue())
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from difflora_core.errors import BadConfig, DiffLoRAError
+from difflora_core.whole_file import LEFT_BEHIND, whole_file
 from training import budget
 from training.example_pool import Pool
 from training.loop import Interrupted, OutOfTime, Trainer, TrainingDiverged, lr_factor
@@ -168,9 +169,14 @@ def test_a_folder_takes_one_run_at_a_time(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path, "job")
     left = folder.part("model").path / "checkpoints" / ".step_00000004.1234"
     left.mkdir(parents=True)
+    with pytest.raises(ZeroDivisionError), whole_file(folder.part("people").path / "a.b") as file:
+        (half,) = Path(file.name).parent.glob(LEFT_BEHIND)
+        kept = half.read_bytes()
+        raise ZeroDivisionError
+    half.write_bytes(kept)  # as after kill -9
     held = folder.held()
     with held:
-        assert not left.exists()
+        assert not left.exists() and not half.exists()
         with pytest.raises(DiffLoRAError, match=r"Another run is at work in .*job"), folder.held():
             pass
     with folder.held():
@@ -269,6 +275,22 @@ def test_log_keeps_rows_up_to_the_resumed_step(tmp_path: Path) -> None:
     rows = read_csv(path)
     assert [row["step"] for row in rows] == ["2", "4", "6"]
     assert rows[-1]["loss"] == "9" and rows[0]["extra"] == ""
+
+
+def test_a_log_that_cannot_be_written_anew_keeps_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "log.csv"
+    RunLog(path, 10).write(2, {"loss": 0.5})
+    before = path.read_bytes()
+
+    def full(number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        RunLog(path, 10, start_step=2)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["log.csv"]
 
 
 def test_log_is_written_by_training(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ pictures and variety by networks that no painter was trained with.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +18,10 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
+from difflora_core.encode import encode_photos
 from difflora_core.errors import NoFaceFound
 from difflora_core.face import Face, FaceEncoder, choose_face
+from difflora_core.features import Features
 from difflora_core.image_encoder import ImageEncoder
 from difflora_core.photos import Pixels
 from difflora_core.recogniser import Recogniser
@@ -26,6 +29,8 @@ from training.artifacts import artifact
 from training.config import Config
 from training.encoders.attributes_net import PortraitNet
 from training.encoders.face_pack import open_face_encoder
+
+logger = logging.getLogger(__name__)
 
 NETWORKS = ("metric_recogniser", "image_encoder", "attribute_heads", "self_supervised")
 """Artifacts that judge, beside the face pack."""
@@ -108,6 +113,14 @@ class Judges:
         faces = self._largest_faces(pictures)
         points = [torch.zeros(5, 2) if f is None else torch.from_numpy(f.landmarks) for f in faces]
         return torch.stack(points), torch.tensor([f is not None for f in faces])
+
+    def features(self, photo: Pixels, whose: str = "of a person") -> Features:
+        """What a predictor sees of a photo; without a face in it, of the photo alone."""
+        try:
+            return encode_photos([photo], self.face_encoder, self.image_encoder)
+        except NoFaceFound:
+            logger.warning("no face was found in the photo %s", whose)
+            return encode_photos([photo], None, self.image_encoder)
 
     def condition_faces(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """Unit embeddings [N, D] by the face pack's recogniser, and whether there is a face."""

@@ -22,7 +22,7 @@ from training.portraits import ATTRIBUTES, render, sample_scenes
 from training.run_folder import RunFolder
 
 from .protocol import draw_trial
-from .sheet import MARGIN, to_image
+from .sheet import MARGIN, save_png, to_image
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +45,7 @@ def run(config: Config, folder: RunFolder) -> None:
     drawings = drawings_of(trial.wanted, settings.seed).to(painter.device)
     drawn = decode_latents(painter.vae, encode_images(painter.vae, drawings))
     for name, pictures in {"portraits": painted, "drawn": drawn}.items():
-        path = folder.path / f"{name}.png"
-        captioned(pictures, trial.prompts).save(path)
+        path = save_png(folder.path / f"{name}.png", captioned(pictures, trial.prompts))
         logger.info("%d %s: %s", len(pictures), name, path)
 
 

@@ -17,8 +17,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from difflora_core.encode import encode_photos
-from difflora_core.errors import NoFaceFound
 from difflora_core.features import Features
 from difflora_core.lora import Lora
 from difflora_core.predictor import Prediction, Predictor
@@ -62,12 +60,7 @@ class Bench:
 
     def features(self, person: int) -> Features:
         """What the encoders make of a person's photo; without a face, of the photo alone."""
-        photo, judges = to_pixels(self.trial.photos[person]), self.judges
-        try:
-            return encode_photos([photo], judges.face_encoder, judges.image_encoder)
-        except NoFaceFound:
-            logger.warning("no face was found in the photo of person %d", person)
-            return encode_photos([photo], None, judges.image_encoder)
+        return self.judges.features(to_pixels(self.trial.photos[person]), f"of person {person}")
 
     def predictor(self, name: str = "predictor") -> Predictor:
         """A predictor by artifact name; `eval.predictor` takes the place of the default one."""
@@ -243,7 +236,7 @@ def _predicted(bench: Bench, predictor: Predictor) -> Personalised:
 
 def _predict(bench: Bench, predictor: Predictor, features: Features, count: int) -> Prediction:
     settings = bench.config.eval
-    if settings.inputs == "face":
+    if settings.inputs == "face" and features.fused_face() is not None:
         features = features.without_image()
     elif settings.inputs == "image":
         features = features.without_face()

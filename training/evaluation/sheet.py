@@ -10,6 +10,8 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from difflora_core.whole_file import whole_file
+
 MARGIN = 4
 TITLE_HEIGHT = 18
 
@@ -47,6 +49,11 @@ def to_image(picture: Tensor) -> Image.Image:
 
 def save_sheet(path: Path, lines: Mapping[str, Tensor], titles: list[str] | None = None) -> Path:
     """Draw and write a sheet as PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draw_sheet(lines, titles).save(path)
+    return save_png(path, draw_sheet(lines, titles))
+
+
+def save_png(path: Path, image: Image.Image) -> Path:
+    """Write a picture whole or not at all. Errors: OSError."""
+    with whole_file(path) as file:
+        image.save(file, "png")
     return path
