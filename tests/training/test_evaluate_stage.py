@@ -88,12 +88,15 @@ def test_all_rows_have_all_measures(config: Config, tmp_path: Path) -> None:
         path = artifact(config, name)
         assert hashlib.sha256(path.read_bytes()).hexdigest().startswith(weights[path.name])
     for name, row in outcome["rows"].items():
-        assert set(row) - {"nearest_distance"} == MEASURES | {"recovery"}, name
+        assert set(row) - {"nearest_distance"} == MEASURES | {"recovery", "above_average"}, name
         for figure in row.values():
             assert figure["ci95"][0] <= figure["ci95"][1] and figure["n"] >= 2
             assert math.isfinite(figure["mean"])
     assert outcome["rows"]["nearest_lora"]["nearest_distance"]["mean"] < 1e-3
     assert outcome["rows"]["teacher"]["recovery"]["mean"] == 1.0
+    sims = {name: row["face_sim"]["mean"] for name, row in outcome["rows"].items()}
+    lead = outcome["rows"]["predicted"]["above_average"]["mean"]
+    assert lead == pytest.approx(sims["predicted"] - sims["average_lora"], abs=1e-6)
     folder = Path(config.run.root) / "evaluate"
     assert (folder / "table.md").read_text().count("\n") == 2 + len(ROWS)
     assert Image.open(folder / "sheet.png").height == 4 + 10 * 132

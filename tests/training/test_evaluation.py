@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from training.evaluation.config import EvalConfig
 from training.evaluation.metrics import (
@@ -17,8 +19,13 @@ from training.evaluation.metrics import (
 )
 from training.evaluation.preference import _altered, fit_logistic
 from training.evaluation.protocol import draw_prompts, draw_trial, personal
-from training.evaluation.sheet import draw_sheet
-from training.evaluation.summary import summarise, summarise_ratio, summarise_statistic
+from training.evaluation.sheet import draw_sheet, save_png
+from training.evaluation.summary import (
+    summarise,
+    summarise_difference,
+    summarise_ratio,
+    summarise_statistic,
+)
 from training.evaluation.table import markdown
 from training.portraits import ATTRIBUTES, is_held_out, parse_prompt, sample_scenes
 
@@ -112,6 +119,13 @@ def test_ratio_of_proportional_rows_has_no_spread() -> None:
     assert figure["ci95"] == pytest.approx([3.0, 3.0])
 
 
+def test_a_lead_that_all_have_alike_has_no_spread() -> None:
+    other = torch.tensor([[1.0, 2.0], [5.0, 7.0], [0.0, 1.0]])
+    figure = summarise_difference(other + 0.25, other)
+    assert figure["mean"] == pytest.approx(0.25)
+    assert figure["ci95"] == pytest.approx([0.25, 0.25])
+
+
 def test_statistic_interval_is_centred_on_the_statistic() -> None:
     values = torch.randn(10, 3, 2, generator=torch.Generator().manual_seed(0))
     figure = summarise_statistic(lambda v: float(v.square().sum()), values, 50)
@@ -170,6 +184,21 @@ def test_table_leaves_out_what_no_row_has() -> None:
         "| base | 0.5 [0.25, 0.75] |",
         "| teacher |  |",
     ]
+
+
+def test_a_sheet_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_png(tmp_path / "sheets" / "sheet.png", Image.new("RGB", (8, 8), "red"))
+    before = path.read_bytes()
+
+    def full(number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_png(path, Image.new("RGB", (8, 8), "blue"))
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
 
 def test_sheet_shows_every_picture_in_its_place() -> None:

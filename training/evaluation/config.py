@@ -59,7 +59,7 @@ class EvalConfig:
     """People on the picture sheet; 0 = no sheet."""
 
     def __post_init__(self) -> None:
-        at_least(0, self, "seed", "steps", "batch", "sheet_people")
+        at_least(0, self, "seed", "steps", "batch", "sheet_people", "guidance", "strength")
         at_least(1, self, "refine_steps", "inversion_steps")
         at_least(1, self, "people", "prompts", "references", "candidates", "paint_steps")
         at_most(MAX_STEPS, self, "steps")

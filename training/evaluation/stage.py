@@ -31,7 +31,7 @@ from .nearest import training_distance
 from .protocol import Trial, draw_trial
 from .rows import ROWS, Bench, Personalised, paint_row
 from .sheet import save_sheet
-from .summary import Figure, summarise, summarise_ratio
+from .summary import Figure, summarise, summarise_difference, summarise_ratio
 from .table import Rows, markdown, results
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ def run(config: Config, folder: RunFolder) -> None:
             so_far.skipped[name] = error.message
             continue
         add_recovery(so_far, config.eval.seed)
+        add_lead(so_far, config.eval.seed)
         write(bench, folder, so_far)
     if not so_far.rows:
         raise DiffLoRAError("No row could be evaluated.", hint=" ".join(so_far.skipped.values()))
@@ -146,6 +147,15 @@ def add_recovery(so_far: Outcome, seed: int) -> None:
     for name, values in so_far.face_sim.items():
         ratio = summarise_ratio(values, so_far.face_sim["teacher"], seed)
         so_far.rows[name]["recovery"] = ratio
+
+
+def add_lead(so_far: Outcome, seed: int) -> None:
+    """Add each row's face_sim above the average LoRA's, once that was evaluated."""
+    if "average_lora" not in so_far.face_sim:
+        return
+    average = so_far.face_sim["average_lora"]
+    for name, values in so_far.face_sim.items():
+        so_far.rows[name]["above_average"] = summarise_difference(values, average, seed)
 
 
 def protocol(bench: Bench, skipped: dict[str, str]) -> dict[str, Any]:

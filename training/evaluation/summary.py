@@ -35,6 +35,11 @@ def summarise_ratio(above: Tensor, below: Tensor, seed: int = 0) -> Figure:
     return _figure(float(a.mean() / b.mean()), ratios, above.numel())
 
 
+def summarise_difference(one: Tensor, other: Tensor, seed: int = 0) -> Figure:
+    """Mean of `one` above that of `other`, over the same people ([P, Q] each, person by person)."""
+    return summarise(one.double().mean(1) - other.double().mean(1), seed)
+
+
 def summarise_statistic(
     statistic: Callable[[Tensor], float], values: Tensor, resamples: int, seed: int = 0
 ) -> Figure:

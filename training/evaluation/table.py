@@ -11,8 +11,8 @@ Rows = dict[str, dict[str, Figure]]
 """Row name -> measure -> figure."""
 
 COLUMNS = (
-    "face_sim", "recovery", "dino", "clip_i", "clip_t", "preference", "prompt_accuracy", "fid",
-    "diversity", "nearest_distance", "seconds",
+    "face_sim", "recovery", "above_average", "dino", "clip_i", "clip_t", "preference",
+    "prompt_accuracy", "fid", "diversity", "nearest_distance", "seconds",
 )  # fmt: skip
 """Measures in the order of the table; what a run lacks is left out."""
 

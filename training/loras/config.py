@@ -7,7 +7,8 @@ from typing import Literal
 
 from difflora_core.lora_space import LoraSpace
 
-from ..run_config import at_least
+from ..portraits.factors import SPLIT_SIZE
+from ..run_config import MAX_SEED, at_least, at_most
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class LorasConfig:
     def __post_init__(self) -> None:
         at_least(0, self, "first", "draws", "lr", "prior", "group")
         at_least(1, self, "people", "steps", "pictures", "batch", "shard")
+        at_most(SPLIT_SIZE - self.people, self, "first")
+        at_most(MAX_SEED, self, "draws")
         if self.batch > self.pictures:
             raise ValueError(
                 f"batch must be at most pictures ({self.pictures}), found {self.batch}"

@@ -8,6 +8,7 @@ from typing import Literal
 
 from difflora_core.sampler import MAX_STEPS
 
+from ..portraits.factors import SPLIT_SIZE
 from ..run_config import OptimConfig, at_least, at_most
 
 
@@ -107,6 +108,7 @@ class FinetuneTraining:
         at_least(1, self, "people", "pictures", "photos", "batch", "per_person", "rollout")
         at_least(0, self, "first", "fresh_scale", "drop_source", "min_snr", "minutes", "shrink")
         at_least(0, self, "face", "face_last")
+        at_most(SPLIT_SIZE - self.people, self, "first")
         at_most(1, self, "drop_source", "face")
         at_most(MAX_STEPS, self, "rollout")
 
@@ -129,6 +131,7 @@ class CalibrationConfig:
     def __post_init__(self) -> None:
         at_least(1, self, "people", "prompts")
         at_least(0, self, "first", "strengths")
+        at_most(SPLIT_SIZE - self.people, self, "first")
         if not self.strengths:
             raise ValueError("strengths must name at least one")
 
