@@ -11,6 +11,9 @@ from typing import IO
 
 from .errors import DiffLoRAError
 
+LEFT_BEHIND = ".*.????????.tmp"
+"""Names of what a killed process leaves half-written, for `glob`."""
+
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:

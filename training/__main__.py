@@ -21,7 +21,7 @@ from difflora_core.errors import BadConfig, DiffLoRAError
 from . import parallel
 from .config import Config, differences, load_config, to_toml
 from .loop import Interrupted
-from .run_folder import RunFolder
+from .run_folder import RunFolder, refused_by_system
 
 logger = logging.getLogger("training")
 
@@ -91,13 +91,6 @@ def _run(options: argparse.Namespace) -> None:
         with parallel.first_one_first():
             folder = open_run(config, options.stage)
         stage(config, folder)
-
-
-def refused_by_system(error: OSError) -> str:
-    """A sentence for a full disk, a folder that cannot be written to, and their like."""
-    place = f": {error.filename}" if error.filename else ""
-    reason = error.strerror or str(error)
-    return f"{reason}{place}. Check that there is room and that you may write there."
 
 
 def find_stage(name: str) -> Stage:

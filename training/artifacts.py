@@ -23,11 +23,12 @@ from torch import Tensor
 
 import difflora_core
 from difflora_core.errors import BadWeightsFile, DiffLoRAError
-from difflora_core.weights_file import read_safetensors, write_safetensors
+from difflora_core.weights_file import header_json, read_safetensors, write_safetensors
 from difflora_core.whole_file import whole_file
 
 from . import parallel
 from .config import Config
+from .json_file import read_object
 from .run_folder import RunFolder, device_name, write_whole
 
 logger = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ def read_artifact(config: Config, name: str) -> tuple[dict[str, Tensor], dict[st
     tensors, metadata = read_safetensors(path)
     if "config" not in metadata:
         raise BadWeightsFile(f"{path.name} has no config in its header.")
-    return tensors, json.loads(metadata["config"])
+    return tensors, header_json(path, metadata, "config")
 
 
 def save_artifact(
@@ -186,7 +187,7 @@ def _refuse_other(path: Path, entry: Mapping[str, Any]) -> None:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """File name -> entry; empty without a manifest."""
     path = folder / MANIFEST
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_object(path) if path.exists() else {}
 
 
 def write_manifest(folder: Path, entries: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from difflora_core.errors import BadConfig
 
 from . import parallel
 from .example_pool import Pool
+from .json_file import read_object
 from .loop import OutOfTime, Step, Trainer
 from .run_config import OptimConfig, RunConfig
 from .run_folder import RunFolder
@@ -73,7 +74,7 @@ def _planned_steps(
     path = folder.path / _PLAN
     if not path.exists() or not folder.has_checkpoints():
         _keep_plan(folder, _time_step(modules, step))
-    seconds = json.loads(path.read_text(encoding="utf-8"))["seconds_per_step"]
+    seconds = read_object(path, "seconds_per_step")["seconds_per_step"]
     return max(int(_PLANNED * 60 * minutes / seconds), 1)
 
 

@@ -30,8 +30,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from difflora_core.errors import BadConfig, DiffLoRAError
-from difflora_core.whole_file import whole_file
+from difflora_core.errors import DiffLoRAError
+from difflora_core.whole_file import LEFT_BEHIND, whole_file
 
 from . import parallel
 
@@ -126,26 +126,33 @@ class RunFolder:
         try:
             for left in self.path.glob("**/checkpoints/.step_*"):
                 shutil.rmtree(left, ignore_errors=True)
+            for left in self.path.glob(f"**/{LEFT_BEHIND}"):
+                left.unlink(missing_ok=True)
             yield
         finally:
             lock.release()
 
     @contextmanager
     def kept_if_refused(self, *names: str) -> Iterator[None]:
-        """Text files that are as they were before where the block raises BadConfig."""
+        """Text files that are as they were where the block is refused before it trains anything."""
         files = [path for path in map(self.path.joinpath, names) if path.exists()]
         before = {path.name: path.read_text(encoding="utf-8") for path in files}
+        trained = self._all_checkpoints()
         try:
             yield
-        except BadConfig:
-            if parallel.rank() == 0:  # the others may have read what it wrote
+        except DiffLoRAError:
+            # of several processes the first one: the others may have read what it wrote
+            if parallel.rank() == 0 and self._all_checkpoints() == trained:
                 for name, text in before.items():
                     self.write_text(name, text)
             raise
 
     def has_checkpoints(self) -> bool:
         """Whether this folder or one of its parts holds a checkpoint."""
-        return any(self.path.glob("**/checkpoints/step_*"))
+        return bool(self._all_checkpoints())
+
+    def _all_checkpoints(self) -> set[Path]:
+        return set(self.path.glob("**/checkpoints/step_*"))
 
     def save(self, step: int, modules: Weights, state: dict[str, Any], keep_last: int) -> Path:
         """Write the checkpoint of `step` atomically, then delete all but the newest `keep_last`.
@@ -226,3 +233,10 @@ def _version(package: str) -> str | None:
 def _contiguous(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     # clone: safetensors refuses tensors that share memory (tied weights)
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
+
+
+def refused_by_system(error: OSError) -> str:
+    """A sentence for a full disk, a folder that cannot be written to, and their like."""
+    place = f": {error.filename}" if error.filename else ""
+    reason = error.strerror or str(error)
+    return f"{reason}{place}. Check that there is room and that you may write there."

@@ -14,6 +14,7 @@ from difflora_core.tensor_file import TensorFile
 from . import parallel
 from .artifacts import artifact, artifacts_folder, sha256
 from .config import Config
+from .json_file import read_object
 from .run_folder import RunFolder
 
 FILE = "trained_for.json"
@@ -78,7 +79,7 @@ def check(folder: RunFolder, values: Mapping[str, Any]) -> None:
     path = folder.path / FILE
     if not folder.has_checkpoints() or not path.exists():
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_object(path)
     for key, value in values.items():
         if before.get(key, value) != value:
             raise BadConfig(

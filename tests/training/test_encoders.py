@@ -359,19 +359,29 @@ def test_another_training_of_any_encoder_is_refused_before_one_trains(
     assert not (folder.path / "landmarks").exists()
 
 
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (BadConfig("Nothing fits.", hint="Try another one."), "Nothing fits. Try another one."),
+        (OSError(28, "No space left on device", "a.pt"), "No space left on device: a.pt. Check"),
+    ],
+)
 def test_what_fails_in_a_process_of_its_own_is_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+    says: str,
 ) -> None:
     def refuse(*_: object) -> None:
-        raise BadConfig("Nothing fits.", hint="Try another one.")
+        raise error
 
     monkeypatch.setattr(stage, "train_one", refuse)
     with pytest.raises(SystemExit) as ended:
         stage._work("landmarks", tiny_config(tmp_path, "landmarks"), tmp_path)
     assert ended.value.code == 1
-    assert [record.getMessage() for record in caplog.records] == [
-        "landmarks: Nothing fits. Try another one."
-    ]
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"landmarks: {says}")
 
 
 def test_unknown_encoder_names_the_nearest(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from difflora_core.errors import DiffLoRAError
+from difflora_core.errors import BadWeightsFile, DiffLoRAError
 from difflora_core.lora_space import LoraSpace
 from difflora_core.weights_file import read_lora
 from tests.training.tiny_world import write_world
@@ -19,6 +19,7 @@ from training.artifacts import artifacts_folder, read_artifact, save_artifact
 from training.base.painter import Painter
 from training.config import Config, load_config
 from training.loop import OutOfTime
+from training.loras import stage as loras_stage
 from training.loras.collect import INDEX, read_set
 from training.loras.collect import run as collect
 from training.loras.config import LorasConfig
@@ -131,6 +132,16 @@ def test_loras_of_another_recipe_are_refused_not_mixed_in(config: Config) -> Non
     assert not person_file(folder, 3).exists()
 
 
+def test_loras_of_another_renderer_are_refused(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = open_run(config, "train-identity-loras")
+    train(config, folder)
+    monkeypatch.setattr(loras_stage, "renderer_digest", lambda: "of another day")
+    with pytest.raises(DiffLoRAError, match=r"trained otherwise.*of another day"):
+        train(config, folder)
+
+
 def test_loras_of_another_base_model_are_refused(config: Config) -> None:
     folder = open_run(config, "train-identity-loras")
     train(config, folder)
@@ -184,6 +195,17 @@ def test_collecting_keeps_what_fits_and_says_what_does_not(config: Config) -> No
     assert index["refused"] == 1 and index["count"] == 2
     packed = loras.space.pack(read_lora(person_file(folder, 0)))
     assert torch.allclose(loras.vectors[0], packed, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("{", "breaks off"), ("[]", "no JSON object"), ("{}", "has no space")]
+)
+def test_a_damaged_index_is_one_sentence(config: Config, text: str, reason: str) -> None:
+    index = artifacts_folder(config) / "loras" / "index.json"
+    index.parent.mkdir(parents=True, exist_ok=True)
+    index.write_text(text)
+    with pytest.raises(BadWeightsFile, match=rf"index\.json in .*loras is damaged: .*{reason}"):
+        read_set(config)
 
 
 def test_a_set_of_another_space_is_refused(config: Config) -> None:

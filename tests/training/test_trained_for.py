@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from difflora_core.errors import BadConfig
+from difflora_core.errors import BadConfig, DiffLoRAError
 from training import trained_for
 from training.artifacts import save_artifact
 from training.config import Config, load_config
@@ -62,8 +62,10 @@ def test_a_refused_run_leaves_the_record_of_the_one_before(tmp_path: Path) -> No
         folder.write_text("config.toml", "of the refused")
         raise BadConfig("other settings")
     assert (folder.path / "config.toml").read_text() == "of the first"
-    with folder.kept_if_refused("config.toml"):
+    with pytest.raises(DiffLoRAError), folder.kept_if_refused("config.toml"):
         folder.write_text("config.toml", "of the second")
+        folder.part("unet").save(1, {}, {}, keep_last=1)
+        raise DiffLoRAError("after it has trained")
     assert (folder.path / "config.toml").read_text() == "of the second"
 
 

@@ -22,9 +22,10 @@ from difflora_core.recogniser import ConvNeXtConfig, IResNetConfig
 from .. import trained_for
 from ..artifacts import artifacts_folder, record_artifact, save_artifact
 from ..config import Config
+from ..json_file import read_object
 from ..loop import Interrupted
 from ..run_config import with_seed
-from ..run_folder import RunFolder
+from ..run_folder import RunFolder, refused_by_system
 from .attributes import train_attribute_heads, train_self_supervised
 from .config import NAMES
 from .detector import measure_detector, train_detector
@@ -58,7 +59,7 @@ def run(config: Config, folder: RunFolder) -> None:
         for name in config.encoders.only:
             train_one(name, config, folder.path)
     for name in config.encoders.only:
-        figures = json.loads((folder.path / name / "figures.json").read_text(encoding="utf-8"))
+        figures = read_object(folder.path / name / "figures.json")
         record_artifact(config, f"{name}.safetensors", figures)
         logger.info("%s: %s", name, ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
 
@@ -106,6 +107,9 @@ def _work(name: str, config: Config, path: Path) -> None:
         sys.exit(_STOPPED[0])
     except DiffLoRAError as error:
         logger.error("%s: %s %s", name, error.message, error.hint)
+        sys.exit(1)
+    except OSError as error:
+        logger.error("%s: %s", name, refused_by_system(error))
         sys.exit(1)
 
 

@@ -17,6 +17,7 @@ from difflora_core.weights_file import read_lora, read_safetensors, write_safete
 
 from ..artifacts import artifact, artifacts_folder
 from ..config import Config
+from ..json_file import read_object
 from ..run_folder import RunFolder, write_whole
 from .config import LorasConfig
 from .learnable import explained_by_identity
@@ -121,7 +122,7 @@ def read_set(config: Config) -> LoraSet:
     """The collected data set of a run. Raises DiffLoRAError when it belongs to another space."""
     space = lora_space(config.loras)
     path = artifact(config, INDEX)
-    index = json.loads(path.read_text(encoding="utf-8"))
+    index = read_object(path, "space", "shards")
     if index["space"] != space.id:
         raise DiffLoRAError(
             f"The collected LoRAs are of space {index['space']}, the config asks for {space.id}.",

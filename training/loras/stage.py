@@ -17,6 +17,7 @@ from ..artifacts import BASE_PARTS, artifact, sha256
 from ..base.painter import Painter
 from ..config import Config
 from ..loop import OutOfTime
+from ..portraits import renderer_digest
 from ..run_folder import RunFolder
 from .config import LorasConfig
 from .teacher import SUBJECT, train_loras
@@ -74,7 +75,8 @@ def recipe(config: Config) -> str:
     decisive = ("gauge", "rank", "steps", "pictures", "batch", "draws", "lr", "prior")
     settings = ", ".join(f"{name} {getattr(config.loras, name)}" for name in decisive)
     parts = "".join(sha256(artifact(config, name)) for name in BASE_PARTS)
-    return f"{settings}, base model {hashlib.sha256(parts.encode()).hexdigest()[:8]}"
+    model = hashlib.sha256(parts.encode()).hexdigest()[:8]
+    return f"{settings}, base model {model}, drawings {renderer_digest()}"
 
 
 def refuse_other_recipes(files: list[Path], wanted: str) -> None:
