@@ -117,6 +117,12 @@ class PredictLora(io.ComfyNode):
                     step=0.1,
                     tooltip="Away from the average person, above 1; 0 takes the predictor's own.",
                 ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="The model that the LoRA is for: if it is another kind than the "
+                    "predictor was trained for, this node says so. It is not changed.",
+                ),
             ],
             outputs=[
                 sockets.LoraModel.Output(
@@ -138,6 +144,7 @@ class PredictLora(io.ComfyNode):
         candidates: int,
         steps: int,
         guidance: float,
+        model: Any = None,
     ) -> io.NodeOutput:
         lora, report = predict(
             predictor,
@@ -148,6 +155,8 @@ class PredictLora(io.ComfyNode):
             steps=steps,
             guidance=guidance,
         )
+        if model is not None:
+            host.check_fits(lora, model)
         return io.NodeOutput(lora, report)
 
 

@@ -181,6 +181,29 @@ class WrongVae:
         return (wrong,)
 
 
+class OtherModel:
+    """A MODEL whose text encoder is twice as wide: as SD 2.1 beside SD 1.5."""
+
+    RETURN_TYPES = ("MODEL",)
+    FUNCTION = "widen"
+    CATEGORY = "test"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": ("MODEL",)}}
+
+    def widen(self, model: Any) -> tuple[Any]:
+        other = model.clone()
+        other.model = copy.copy(model.model)
+        other.model._modules = dict(model.model._modules)  # a shallow copy shares it
+        other.model.diffusion_model = copy.deepcopy(model.model.diffusion_model)
+        for name, layer in other.model.named_modules():
+            if name.endswith("attn2.to_k"):
+                wide = torch.cat([layer.weight, layer.weight], 1)
+                layer.weight = torch.nn.Parameter(wide, requires_grad=False)
+        return (other,)
+
+
 NODES = {
     "TestCapture": Capture,
     "TestPhoto": Photo,
@@ -191,4 +214,5 @@ NODES = {
     "TestPerson": Person,
     "TestRectangle": Rectangle,
     "TestWrongVae": WrongVae,
+    "TestOtherModel": OtherModel,
 }

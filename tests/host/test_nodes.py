@@ -230,6 +230,21 @@ def test_another_base_model_is_refused(host: Host, world: Path) -> None:
         check(deep, model)
 
 
+def test_predict_lora_refuses_a_model_that_it_is_not_for(host: Host, world: Path) -> None:
+    free = host.run(kept(predicted(), lora=["lora", 0]))["lora"]
+    prompt = {**predicted(model=["mini", 0]), **MINI}
+    checked = host.run(kept(prompt, lora=["lora", 0]))["lora"]
+    assert all(torch.equal(free[key], checked[key]) for key in free)
+    prompt = {
+        **predicted(model=["other", 0]),
+        **MINI,
+        "other": node("TestOtherModel", model=["mini", 0]),
+    }
+    with pytest.raises(PromptFailed, match="made for another base model: 7 of 56 layers") as failed:
+        host.run(kept(prompt, lora=["lora", 0]))
+    assert failed.value.node == "DiffLoRA_PredictLora"
+
+
 MINI = {"mini": node("DiffLoRA_LoadMiniModel")}
 
 
