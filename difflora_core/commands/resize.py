@@ -31,7 +31,7 @@ def add_result_arguments(parser: argparse.ArgumentParser) -> None:
     size.add_argument("--rank", type=int, help="the same rank for all layers")
     size.add_argument("--energy", type=float, help="least share of energy to keep, such as 0.99")
     size.add_argument("--error", type=float, help="largest relative error, such as 0.01")
-    size.add_argument("--megabytes", type=float, help="size of the file, spread over the layers")
+    size.add_argument("--megabytes", type=float, help="of all weights, spread over the layers")
     parser.add_argument("--dtype", choices=PRECISIONS, default=PRECISIONS[0])
     parser.add_argument("--title", default="", help="for the header; default: the file's name")
     parser.add_argument("--out", type=Path, required=True, help="the LoRA to write, .safetensors")

@@ -98,6 +98,11 @@ def _check_settings(inputs: Sequence[MergeInput], settings: MergeSettings) -> No
         raise BadConfig(
             "concat keeps all ranks, so it takes no limit.", hint="Use svd or sum with a limit."
         )
+    if method.chooses_rank and settings.rule.megabytes is not None:
+        raise BadConfig(
+            f"{method.name} makes singular values equal, so a size cannot be spread by them.",
+            hint="Limit it by a rank, an energy or an error.",
+        )
     if not 0 < settings.density <= 1:
         raise BadConfig(
             f"A density of {settings.density} is impossible.", hint="Expected above 0, to 1."

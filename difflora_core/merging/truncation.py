@@ -156,7 +156,8 @@ def _ranks(
     ranks: dict[int, list[int]] = {}
     for row in (row for row, fine in enumerate(sound) if fine):
         rank = min(rules[row].choose(core.sigma[row], norms[row]), limits[row])
-        if not coarse or dropped[row][rank - 1] > _COARSE:
+        # of nothing nothing is dropped, and float32 cannot divide by the least of sigma
+        if not coarse or (norms[row] > 0 and dropped[row][rank - 1] > _COARSE):
             ranks.setdefault(rank, []).append(row)
     return ranks
 

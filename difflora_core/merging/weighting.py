@@ -16,8 +16,8 @@ WEIGHTINGS = ("given", "norm_matched", "equal_energy")
 def overall_weights(inputs: Sequence[MergeInput], settings: MergeSettings) -> list[float]:
     """One weight per input: ratios brought to a sum of 1, or strengths; then to `total`.
 
-    Raises BadConfig when weights that add up to 0 shall be ratios, and for values that are no
-    numbers.
+    Raises BadConfig when weights that add up to 0 or, without a total, to less shall be ratios, and
+    for values that are no numbers.
     """
     weights = [entry.weight for entry in inputs]
     broken = [w for w in (*weights, settings.total or 0.0) if not math.isfinite(w)]
@@ -31,11 +31,20 @@ def overall_weights(inputs: Sequence[MergeInput], settings: MergeSettings) -> li
     together = sum(weights)
     if abs(together) < 1e-9 * max(map(abs, weights), default=0.0) or together == 0:
         raise BadConfig(
-            f"The weights {', '.join(f'{w:g}' for w in weights)} add up to 0, so they are no "
-            "ratios.",
+            f"The weights {_listed(weights)} add up to 0, so they are no ratios.",
             hint="Use the method sum for a difference of LoRAs, and leave the total out.",
         )
+    if together < 0 and settings.total is None:
+        raise BadConfig(
+            f"The weights {_listed(weights)} add up to less than 0, so as ratios they would change "
+            "their signs.",
+            hint="Use the method sum to take LoRAs away.",
+        )
     return [w * total / together for w in weights]
+
+
+def _listed(weights: Sequence[float]) -> str:
+    return ", ".join(f"{w:g}" for w in weights)
 
 
 def layer_weights(

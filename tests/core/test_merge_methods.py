@@ -17,6 +17,7 @@ from difflora_core.merging import (
     MergeSettings,
     RankRule,
     merge,
+    resize,
 )
 from tests.core.merge_samples import (
     FOREIGN,
@@ -245,3 +246,15 @@ def test_factor_average_states_its_distance_to_the_average(rank: int | None) -> 
     same = merge(inputs_of([loras[0], loras[0]]), MergeSettings("factor_average"))
     assert same.report["error_to_average"] < 1e-5
     assert "error_to_average" not in merge(inputs_of(loras), MergeSettings("average")).report
+
+
+@pytest.mark.parametrize("zero", ["down", "up"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_layer_of_zeros_stays_zero_at_any_rank(zero: str, dtype: torch.dtype) -> None:
+    """As trainers leave a module that nothing has moved: one factor is random, the other zero."""
+    name, factors = NAMES[0], {"down": torch.randn(4, 320), "up": torch.randn(320, 4)}
+    factors[zero].zero_()
+    lora = Lora({name: LoraLayer(name, **factors)}, naming=FOREIGN)
+    merged = resize(lora, RankRule(2), dtype)
+    assert not merged.lora.layers[name].delta().any()
+    assert merged.lora.layers[name].down.isfinite().all()

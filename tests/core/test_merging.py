@@ -205,6 +205,8 @@ CASES: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: one("ties", density=0.0), BadConfig, "density of 0"),
     (lambda: one("sum", weighting="magic"), BadConfig, "no weighting named"),
     (lambda: merge(inputs_of([random_lora(1), random_lora(2)], [1, -1])), BadConfig, "add up to 0"),
+    (lambda: merge(inputs_of([random_lora(1)], [-1])), BadConfig, "-1 add up to less than 0"),
+    (lambda: one("iso_c", rule=RankRule(megabytes=1)), BadConfig, "so a size cannot be spread"),
     (lambda: merge(inputs_of([random_lora(1)], [math.nan])), BadConfig, "weight of nan"),
     (lambda: merge([MergeInput(random_lora(1), "a", 1, {"unet.x": 1})]), BadConfig, "no block"),
     (lambda: other_naming(), LayoutMismatch, "lora 0 and lora 1 do not fit together"),
