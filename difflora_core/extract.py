@@ -56,10 +56,11 @@ def extract(
     """
     begin = time.perf_counter()
     layers, widths = list(source.layers), _widths(source)
-    rule = _rule_of_parts(source, widths, settings)
+    counted = _worth_a_place(source, settings)
+    rule = _rule_of_parts(sum(widths[layer] for layer in counted), settings)
     offsets, warnings = source.offsets(), source.warnings()
     parts = PartStore(out)
-    refuse_full_disk(out, _bytes_needed(widths, rule, settings), parts.size())
+    refuse_full_disk(out, _bytes_needed(source.base, counted, rule, settings), parts.size())
     parts.open([source.identity(), settings.identity()])
     resumed = sum(layer in parts for layer in layers)
     _finish(source, layers, parts, rule, settings.dtype, progress)
@@ -94,26 +95,36 @@ def _widths(source: Source) -> dict[str, int]:
     return {name: shapes[name][0] + math.prod(shapes[name][1:]) for name in source.layers}
 
 
-def _rule_of_parts(
-    source: Source, widths: Mapping[str, int], settings: ExtractSettings
-) -> RankRule:
+def _worth_a_place(source: Source, settings: ExtractSettings) -> list[str]:
+    """Layers that room is kept for: under a size limit a look at all tells which differ."""
+    if settings.rule.megabytes is None:
+        return list(source.layers)
+    return [layer for layer in source.layers if source.delta(layer) is not None]
+
+
+def _rule_of_parts(width: int, settings: ExtractSettings) -> RankRule:
     """The rule for one layer at a time. A size is spread later, so each layer keeps more than that.
 
-    With a size limit no layer gets more than HEADROOM times the rank that all could have; a look at
-    all layers beforehand tells how many differ.
+    With a size limit no layer gets more than HEADROOM times the rank that all could have; `width`:
+    values that one rank of them all costs.
     """
     if settings.rule.megabytes is None:
         return settings.rule
     values = settings.rule.megabytes * _MEGABYTE / settings.dtype.itemsize
-    differing = sum(width for layer, width in widths.items() if source.delta(layer) is not None)
-    return RankRule(rank=max(1, math.ceil(HEADROOM * values / max(1, differing))))
+    return RankRule(rank=max(1, math.ceil(HEADROOM * values / max(1, width))))
 
 
-def _bytes_needed(widths: Mapping[str, int], rule: RankRule, settings: ExtractSettings) -> int:
+def _bytes_needed(
+    base: str, layers: Sequence[str], rule: RankRule, settings: ExtractSettings
+) -> int:
     """Parts and result together, at most; 0 where the rule does not tell beforehand."""
-    part_bytes = (rule.rank or 0) * sum(widths.values()) * settings.dtype.itemsize
-    megabytes = settings.rule.megabytes
-    return part_bytes + (part_bytes if megabytes is None else int(megabytes * _MEGABYTE))
+    shapes, values = module_table(base).shapes, 0
+    for name in layers:
+        rows, columns = shapes[name][0], math.prod(shapes[name][1:])
+        values += min(rule.rank or 0, rows, columns) * (rows + columns)
+    part_bytes, megabytes = values * settings.dtype.itemsize, settings.rule.megabytes
+    result = part_bytes if megabytes is None else int(megabytes * _MEGABYTE)
+    return part_bytes + min(part_bytes, result)
 
 
 def _finish(

@@ -252,6 +252,14 @@ def test_full_disk_is_told_before_any_work(base, tmp_path, monkeypatch):
     assert list(tmp_path.glob(".*")) == []
 
 
+def test_a_size_asks_for_no_more_room_than_the_layers_have(base, tmp_path, monkeypatch):
+    usage = extract_parts.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(extract_parts.shutil, "disk_usage", lambda _: usage._replace(free=10**7))
+    with pytest.raises(LayoutMismatch, match="Nothing differs"):
+        run(tmp_path, base, base, RankRule(megabytes=30))
+    assert run(tmp_path, base, tuned_from(base, LAYERS[:1]), RankRule(megabytes=30))["layers"] == 1
+
+
 class Stop(Exception):
     """Somebody pressed Ctrl-C."""
 
