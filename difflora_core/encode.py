@@ -23,21 +23,24 @@ def encode_photos(
     face_encoder: FaceEncoder | None,
     image_encoder: ImageEncoder | None,
     choice: Choice | str = "largest",
+    numbers: Sequence[int] = (),
 ) -> Features:
     """Encode P photos [H, W, 3] uint8 RGB of one person and weigh them against each other.
 
     Without a face encoder nothing is detected and all photos weigh the same. The image encoder sees
     the middle square of the photo, or a square around the chosen face where the photo shows several
     people or the middle leaves out a part of the face.
+    `numbers` are what the photos are called in messages and notes, 1 to P where none are given.
     Errors: NoFaceFound with the photo's number, BadImage without photos, DiffLoRAError without
     any encoder.
     """
     if not photos:
         raise BadImage("There is no photo to encode.", hint="Give at least one photo.")
-    found = [_faces(face_encoder, photo, number) for number, photo in enumerate(photos, 1)]
+    numbers = numbers or range(1, len(photos) + 1)
+    found = [_faces(face_encoder, photo, n) for n, photo in zip(numbers, photos, strict=True)]
     chosen = [
         _chosen(faces, choice, number) if face_encoder else None
-        for number, faces in enumerate(found, 1)
+        for number, faces in zip(numbers, found, strict=True)
     ]
     views = [
         _view(photo, faces, face) for photo, faces, face in zip(photos, found, chosen, strict=True)
@@ -52,7 +55,7 @@ def encode_photos(
         face_encoder=face_encoder.name if face_encoder else "",
         image_encoder=image_encoder.config.name if image_encoder else "",
     )
-    notes = tuple(map(_which_face, features.photos, found, chosen))
+    notes = tuple(map(_which_face, numbers, features.photos, found, chosen))
     return dataclasses.replace(features, photos=notes)
 
 
@@ -75,11 +78,12 @@ def _chosen(faces: list[Face], choice: Choice | str, number: int) -> Face:
         raise NoFaceFound(f"Photo {number}: {error.message}", hint=error.hint) from error
 
 
-def _which_face(note: PhotoNote, faces: list[Face], chosen: Face | None) -> PhotoNote:
+def _which_face(number: int, note: PhotoNote, faces: list[Face], chosen: Face | None) -> PhotoNote:
+    note = dataclasses.replace(note, number=number)
     if chosen is None:
         return note
-    number = 1 + next(i for i, face in enumerate(faces) if face is chosen)
-    return dataclasses.replace(note, faces=len(faces), face=number)
+    place = 1 + next(i for i, face in enumerate(faces) if face is chosen)
+    return dataclasses.replace(note, faces=len(faces), face=place)
 
 
 def _view(photo: Pixels, faces: list[Face], chosen: Face | None) -> Pixels:

@@ -8,32 +8,40 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .encode import encode_photos
 from .errors import BadConfig
-from .features import Features, PhotoNote, fuse
+from .face import Choice, FaceEncoder
+from .features import Features, PhotoNote
+from .image_encoder import ImageEncoder
+from .photos import Pixels
 
 
-def reweighted(features: Features, weights: Sequence[float]) -> Features:
-    """Multiply the weights that the photos' quality gives by the user's, one per photo.
+def encode_weighted(
+    photos: Sequence[Pixels],
+    weights: Sequence[float],
+    face_encoder: FaceEncoder | None,
+    image_encoder: ImageEncoder | None,
+    choice: Choice | str = "largest",
+) -> Features:
+    """As `encode_photos`, with the weights of quality times the user's, one per photo.
 
-    Missing ones are 1. A photo with 0 is left out, and has no say in which of the others shows
-    somebody else. Errors: BadConfig for negative or infinite numbers, more numbers than photos, or
-    nothing left.
+    Missing ones are 1. A photo with 0 is left out before anything is looked for in it: it need not
+    show a face, has no say in which of the others shows somebody else, and gets a note only.
+    Errors: those of `encode_photos`; BadConfig for negative or infinite numbers, more numbers than
+    photos, or nothing left.
     """
-    if not weights:
-        return features
-    given = _given(weights, len(features.weights))
-    kept = given.nonzero().flatten()
-    if not len(kept):
+    given = _given(weights, len(photos))
+    kept = given.nonzero().flatten().tolist()
+    if photos and not kept:
         raise BadConfig("All photos have the weight 0.", hint="Keep at least one photo.")
-    judged = _fused_anew(features, kept)
-    shares = judged.weights.double() * given[kept].double()  # no product is 0 or infinite there
-    product = torch.zeros_like(features.weights)
-    product[kept] = (shares / shares.sum()).to(product.dtype)
-    anew = dict(zip(kept.tolist(), judged.photos, strict=True))
-    notes = tuple(
-        _note(before, anew.get(k), float(product[k])) for k, before in enumerate(features.photos)
+    features = encode_photos(
+        [photos[k] for k in kept], face_encoder, image_encoder, choice, [k + 1 for k in kept]
     )
-    return dataclasses.replace(features, weights=product, photos=notes)
+    shares = features.weights.double() * given[kept].double()  # no product is 0 or infinite there
+    product = (shares / shares.sum()).to(features.weights) if weights else features.weights
+    return dataclasses.replace(
+        features, weights=product, photos=_notes(features.photos, product, len(photos))
+    )
 
 
 def _given(weights: Sequence[float], count: int) -> Tensor:
@@ -49,18 +57,10 @@ def _given(weights: Sequence[float], count: int) -> Tensor:
     return given
 
 
-def _fused_anew(features: Features, kept: Tensor) -> Features:
-    """As if there had been no photos but those that are kept."""
-    face, image = (rows if rows is None else rows[kept] for rows in (features.face, features.image))
-    notes = [features.photos[k] for k in kept.tolist()]
-    detection = torch.tensor([note.detection for note in notes])
-    return fuse(face, image, detection, torch.tensor([note.sharpness for note in notes]))
-
-
-def _note(before: PhotoNote, anew: PhotoNote | None, weight: float) -> PhotoNote:
-    """What became of a photo after all; `anew` is None for one that is left out."""
-    if anew is None:
-        return dataclasses.replace(before, weight=0.0, used=False, note="")
-    return dataclasses.replace(
-        anew, number=before.number, weight=weight, faces=before.faces, face=before.face
-    )
+def _notes(used: Sequence[PhotoNote], weights: Tensor, count: int) -> tuple[PhotoNote, ...]:
+    """What became of each photo after all, those that were left out included."""
+    pairs = zip(used, weights.tolist(), strict=True)
+    found = {note.number: dataclasses.replace(note, weight=weight) for note, weight in pairs}
+    nothing = {"detection": 0.0, "sharpness": 0.0, "agreement": 0.0, "weight": 0.0, "used": False}
+    numbers = range(1, count + 1)
+    return tuple(found[n] if n in found else PhotoNote(n, **nothing) for n in numbers)

@@ -10,10 +10,9 @@ import folder_paths
 from comfy_api.latest import io, ui
 from torch import Tensor
 
-from ..difflora_core.encode import encode_photos
 from ..difflora_core.face import CHOICES, FaceEncoder, face_previews
 from ..difflora_core.features import Features
-from ..difflora_core.photo_weights import reweighted
+from ..difflora_core.photo_weights import encode_weighted
 from ..difflora_core.photos import Pixels
 from . import host, sockets
 from .sockets import CATEGORY
@@ -102,8 +101,9 @@ class EncodeFaceFeatures(io.ComfyNode):
         faces = FaceEncoder.wrap(face_encoder[0]) if face_encoder else None
         images = host.on_device(image_encoder[0]) if image_encoder else None
         crops = previews(pixels, faces)
-        features = encode_photos(pixels, faces, images, face_choice(face[0], face_number[0]))
-        features = reweighted(features, host.number_list(weights[0]))
+        counts = host.number_list(weights[0])
+        choice = face_choice(face[0], face_number[0])
+        features = encode_weighted(pixels, counts, faces, images, choice)
         report = json.dumps(features.report(), indent=1)
         return io.NodeOutput(features, crops, report, ui=ui.PreviewImage(crops, cls=cls))
 

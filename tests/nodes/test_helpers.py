@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from difflora_core.encode import encode_photos
 from difflora_core.errors import BadConfig, BadWeightsFile, NoFaceFound
-from difflora_core.features import fuse
+from difflora_core.face import Face
+from difflora_core.features import Features
 from difflora_core.likeness import Calibration
 from difflora_core.measure import ARCFACE, best_first, measure
 from difflora_core.mini_world import TOKEN_TABLE, open_part
-from difflora_core.photo_weights import reweighted
+from difflora_core.photo_weights import encode_weighted
 from difflora_core.weights_file import write_safetensors
 
 
@@ -38,35 +41,73 @@ def test_file_without_config_is_refused(tmp_path: Path) -> None:
         open_part("t.safetensors", tmp_path)
 
 
-def features(count: int) -> Any:
-    face = torch.eye(4)[:1].expand(count, -1) + 0.01 * torch.arange(count)[:, None]
-    return fuse(face, None, torch.ones(count), torch.ones(count))
+class Who:
+    """An encoder that sees the person whose number the picture's pixels have; nobody in 0."""
+
+    name = "pack"
+
+    def faces(self, picture: np.ndarray) -> list[Face]:
+        who, sharpness = picture[0, 0, :2].tolist()
+        box, points = np.float32([10, 10, 50, 50]), np.zeros((5, 2), np.float32)
+        embedding = np.eye(4, dtype=np.float32)[who]
+        face = Face(
+            box=box,
+            landmarks=points,
+            score=1.0,
+            embedding=embedding,
+            sharpness=float(sharpness),
+            picture=(64, 64),
+        )
+        return [face] if who else []
+
+
+def photos_of(*people: int, sharpness: Sequence[int] = ()) -> list[np.ndarray]:
+    pairs = zip(people, sharpness or [100] * len(people), strict=True)
+    return [np.full((64, 64, 3), (who, sharp, 0), np.uint8) for who, sharp in pairs]
+
+
+def weighted(photos: list[np.ndarray], weights: Sequence[float]) -> Features:
+    encoder: Any = Who()
+    return encode_weighted(photos, weights, encoder, None)
 
 
 def test_weights_multiply_and_zero_leaves_out() -> None:
-    changed = reweighted(features(3), [1.0, 0.0])
-    assert torch.allclose(changed.weights.sum(), torch.tensor(1.0))
-    assert changed.weights[1] == 0 and not changed.photos[1].used
-    assert torch.allclose(changed.weights[0], changed.weights[2], atol=0.01)
+    changed = weighted(photos_of(1, 1, 1), [1.0, 0.0, 2.0])
+    assert changed.weights.tolist() == pytest.approx([1 / 3, 2 / 3])
+    assert [note.weight for note in changed.photos] == pytest.approx([1 / 3, 0, 2 / 3])
+    assert [note.used for note in changed.photos] == [True, False, True]
+
+
+def test_without_weights_quality_decides() -> None:
+    photos, encoder = photos_of(1, 1, sharpness=[100, 25]), Who()
+    plain = encode_photos(photos, encoder, None)  # type: ignore[arg-type]
+    assert torch.equal(weighted(photos, []).weights, plain.weights)
+    assert weighted(photos, []).photos == plain.photos
+
+
+def test_a_photo_that_is_left_out_need_not_show_a_face() -> None:
+    changed = weighted(photos_of(1, 0, 1), [1.0, 0.0])
+    assert len(changed.weights) == 2 and [n.faces for n in changed.photos] == [1, 0, 1]
+    with pytest.raises(NoFaceFound, match="photo 2"):
+        weighted(photos_of(1, 0, 1), [1.0, 0.5])
+    with pytest.raises(NoFaceFound, match="photo 3"):
+        weighted(photos_of(1, 1, 0), [1.0, 0.0])
 
 
 @pytest.mark.parametrize(
-    ("weights", "kept"),
+    ("weights", "used"),
     [([1.0, 0.0, 0.0], [0]), ([1.0, 1.0, 0.0], [0, 1]), ([], [1, 2]), ([1.0, 1e-60, 1.0], [0, 2])],
 )
 def test_photos_that_are_left_out_do_not_say_who_is_the_odd_one_out(
-    weights: list[float], kept: list[int]
+    weights: list[float], used: list[int]
 ) -> None:
     """The second and the third photo show somebody else."""
-    face, ones = torch.eye(4)[[0, 1, 1]], torch.ones(3)
-    sharpness = torch.tensor([100.0, 25.0, 100.0])
-    changed = reweighted(fuse(face, face, ones, sharpness), weights)
-    assert changed.weights.nonzero().flatten().tolist() == kept
+    changed = weighted(photos_of(1, 2, 2, sharpness=[100, 25, 100]), weights)
     assert float(changed.weights.sum()) == pytest.approx(1)
-    assert [note.used for note in changed.photos] == [k in kept for k in range(3)]
-    assert [note.weight for note in changed.photos] == changed.weights.tolist()
+    assert [note.used for note in changed.photos] == [k in used for k in range(3)]
     assert [note.number for note in changed.photos] == [1, 2, 3]
-    if kept == [0, 1]:
+    assert [note.number - 1 for note in changed.photos if note.weight > 0] == used
+    if used == [0, 1]:
         assert float(changed.weights[0] / changed.weights[1]) == pytest.approx(2)
 
 
@@ -83,7 +124,7 @@ def test_photos_that_are_left_out_do_not_say_who_is_the_odd_one_out(
 )
 def test_impossible_weights_are_explained(weights: list[float], sentence: str) -> None:
     with pytest.raises(BadConfig, match=sentence):
-        reweighted(features(2), weights)
+        weighted(photos_of(1, 1), weights)
 
 
 class OneFace:
