@@ -54,7 +54,7 @@ _CERTIFICATES = "difflora.certificates"
 # A folder on somebody's disk, or a picture in text: /home/jane/..., C:\photos, data:image/png;...
 _PRIVATE = re.compile(
     r"""(?<![\w/:.])/[\w.\-][\w.\- ]*/ | (?<!\w)[A-Za-z]:[\\/](?!/)
-    | (?:^|["'\s])\\\\\w | file:/ | data:\w+/""",
+    | (?:^|["'\s])(?:(?:\\\\){1,2}|//)\w | file:/ | data:\w+/""",
     re.VERBOSE,
 )
 

@@ -73,7 +73,7 @@ def write_tensors(
     if "\0" in str(path):
         raise BadWeightsFile(f"{path.name!r} is no file name.", hint="Choose another name.")
     _refuse_existing(path, overwrite)
-    fields = {str(name): str(value) for name, value in metadata.items()}
+    fields = {_utf8(str(name)): _utf8(str(value)) for name, value in metadata.items()}
     with refusals(path, BadWeightsFile), whole_file(path) as file:
         fields |= {hash_field: _NO_HASH} if hash_field else {}
         file.write(_header(outlines, fields))
@@ -82,6 +82,11 @@ def write_tensors(
             file.seek(0)
             file.write(_header(outlines, fields | {hash_field: f"0x{digest}"}))
         _refuse_existing(path, overwrite)
+
+
+def _utf8(text: str) -> str:
+    """What a header can hold: a name of a file that is no UTF-8 has parts that it cannot."""
+    return text.encode(errors="replace").decode()
 
 
 def _header(outlines: Mapping[str, TensorOutline], fields: Header) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from ..difflora_core.lora import Lora
 from ..difflora_core.mini_world import MINI_FOLDER
 from ..difflora_core.photos import Pixels, load_photo
 from ..difflora_core.weights_file import lora_to_kohya
+from ..difflora_core.whole_file import refusals
 
 MODELS, FACES = "difflora", "difflora_faces"
 SHIPPED = "mini (ships with DiffLoRA)"
@@ -201,7 +203,13 @@ def numbered_path(folder: Path, prefix: str) -> Path:
     """
     if not Path(prefix).name.strip():
         raise BadWeightsFile(f"{prefix!r} names no file.", hint="Type a name, such as person.")
-    place, name, counter, _subfolder, _prefix = folder_paths.get_save_image_path(
-        prefix.rstrip("/\\"), str(folder)
-    )
+    target = folder / prefix.rstrip("/\\")
+    if not os.path.abspath(target).startswith(os.path.join(os.path.abspath(folder), "")):
+        raise BadWeightsFile(
+            f"{prefix!r} leads out of the folder {folder.name}.", hint="Type a name inside of it."
+        )
+    with refusals(target, BadWeightsFile):
+        place, name, counter, _subfolder, _prefix = folder_paths.get_save_image_path(
+            prefix.rstrip("/\\"), str(folder)
+        )
     return Path(place) / f"{name}_{counter:05}_.safetensors"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from difflora_core.header import (
@@ -79,6 +81,10 @@ def test_json_fields_tolerate_anything() -> None:
         ("D:/photos", False),
         ("\\\\server\\photos", False),
         ("file:///home/jane", False),
+        (json.dumps({"path": "\\\\nas\\photos\\jane"}), False),
+        ("//nas/photos/jane/", False),
+        ('{"path": "//nas/photos"}', False),
+        ("https://example.org//two", True),
     ],
 )
 def test_paths_and_photos_do_not_travel(text: str, kept: bool) -> None:

@@ -72,6 +72,13 @@ def test_the_header_says_where_the_file_is_from(tmp_path: Path) -> None:
     assert str(tmp_path) not in json.dumps(header)
 
 
+def test_a_name_that_is_no_utf8_does_not_lose_the_file(tmp_path: Path) -> None:
+    """As Python names a file from a disk with another encoding."""
+    header = LoraHeader(title="caf\udce9", base="mini")
+    write_lora(attention_lora("mini"), tmp_path / "a.safetensors", header)
+    assert read_safetensors(tmp_path / "a.safetensors")[1]["modelspec.title"] == "caf?"
+
+
 def test_stale_facts_and_paths_of_a_copied_header_are_left_out(tmp_path: Path) -> None:
     old = {"ss_network_dim": "32", "sshs_model_hash": "ab", "ot_config": '{"p": "/home/me/x"}'}
     write_lora(attention_lora("mini"), tmp_path / "a.safetensors", {**old, "ss_note": "kept"})

@@ -106,6 +106,24 @@ def test_a_prefix_may_end_in_a_slash(host: Host, world: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("prefix", "says"),
+    [
+        ("../elsewhere/person", "leads out of the folder loras"),
+        ("taken/person", "person could not be written: "),
+    ],
+)
+def test_where_nothing_can_be_saved_is_one_sentence(
+    host: Host, world: Path, prefix: str, says: str
+) -> None:
+    (host.base / "models" / "loras" / "taken").write_text("a file where a folder should be")
+    save = node("DiffLoRA_SaveLora", lora=["lora", 0], filename_prefix=prefix)
+    save["inputs"] |= {"folder": "models/loras", "precision": "fp32", "trigger": ""}
+    with pytest.raises(PromptFailed, match=says):
+        host.run(kept({**predicted(), "save": save}, path=["save", 0]))
+    assert not (host.base / "models" / "elsewhere").exists()
+
+
 def test_damaged_predictor_is_explained(host: Host, models: Path, world: Path) -> None:
     whole = (world / "predictor.safetensors").read_bytes()
     (models / "damaged.safetensors").write_bytes(whole[: len(whole) // 2])
