@@ -19,6 +19,9 @@ from training.portraits import (
     render,
     sample_scenes,
 )
+from training.portraits.anatomy import Pose, measure
+from training.portraits.features import landmarks
+from training.portraits.head import face_distance
 
 
 def scenes(n: int, seed: int = 0, **options) -> Scene:
@@ -107,6 +110,30 @@ def test_hair_does_not_hide_an_eye_of_a_turned_head(pose: str) -> None:
         near = torch.cdist(picture.nonzero().flip(-1) + 0.5, points) < 7
         left, right = near.sum(0).tolist()
         assert min(left, right) > 0.5 * max(left, right)
+
+
+@pytest.mark.parametrize("expression", ATTRIBUTES["expression"])
+def test_mouths_stay_on_the_face_and_below_the_nose(expression: str) -> None:
+    fixed = {"expression": expression}
+    turned = [scenes(300, fixed=fixed | {"pose": side}) for side in ATTRIBUTES["pose"][1:3]]
+    for some in turned:
+        who, pose = measure(some.identity[:, 0]), Pose.of(some, 0)
+        corners = landmarks(who, pose, some.expression[:, 0])[:, 3:]
+        u, v = pose.head(corners[:, 0, 0, None, None], corners[:, 0, 1, None, None])
+        far = pose.head(corners[:, 1, 0, None, None], corners[:, 1, 1, None, None])
+        for place in ((u, v), far):
+            assert (face_distance(*place, who, pose) < 0).all(), "a corner lies beyond the cheek"
+        assert (who.mouth_y - who.eye_y - who.nose_length >= 6.4).all()
+
+
+@pytest.mark.parametrize("style", ["photo", "black and white", "sketch", "cartoon"])
+def test_white_hair_parts_from_a_white_wall(style: str) -> None:
+    fixed = {"style": style, "background": "white", "accessory": "none", "pose": "front"}
+    some = with_factor(scenes(8, fixed=fixed), hair_colour=1.0, hair_length=0.6)
+    grey = render(some).images.mean(1)
+    crown = grey[:, :40, 56:72].amin(1).mean(1)  # darkest on the way from the wall to the hair
+    wall = grey[:, :4, 56:72].mean((1, 2))
+    assert (crown < wall - 0.2).all()
 
 
 def test_absent_people_have_no_truth() -> None:

@@ -75,6 +75,9 @@ def measure(identity: Tensor) -> Anatomy:
         return wide(identity[:, INDEX[name]])
 
     height = 27.5 + 7.5 * factor("face_length")
+    width = 20.5 + 6.5 * factor("face_width")
+    eye_y = -2.0 + 0 * height
+    nose_length = 8.0 + 5.5 * factor("nose_length")
     skin = palette(identity[:, INDEX["skin_tone"]], SKIN)
     warmth = (identity[:, INDEX["skin_warmth"], None] - 0.5) * torch.tensor(
         [0.07, 0.0, -0.09], device=identity.device
@@ -83,24 +86,24 @@ def measure(identity: Tensor) -> Anatomy:
         skin=(skin + warmth).clamp(0, 1),
         hair=palette(identity[:, INDEX["hair_colour"]], HAIR),
         iris=palette(identity[:, INDEX["eye_colour"]], EYES),
-        width=20.5 + 6.5 * factor("face_width"),
+        width=width,
         height=height,
         jaw=factor("jaw"),
         hair_length=factor("hair_length"),
         hair_volume=factor("hair_volume"),
         hairline=-height * (0.78 - 0.5 * factor("fringe")),
         fringe=factor("fringe"),
-        eye_x=8.6 + 3.4 * factor("eye_spacing"),
-        eye_y=-2.0 + 0 * height,
+        eye_x=(8.6 + 3.4 * factor("eye_spacing")).minimum(0.47 * width),
+        eye_y=eye_y,
         eye_size=0.95 + 0.45 * factor("eye_size"),
         eye_tilt=0.3 * (factor("eye_tilt") - 0.5),
         brow_y=6.6 + 2.8 * factor("brow_height"),
         brow_thickness=0.75 + 1.25 * factor("brow_thickness"),
-        nose_length=8.0 + 5.5 * factor("nose_length"),
+        nose_length=nose_length,
         nose_width=2.8 + 2.9 * factor("nose_width"),
-        mouth_y=height * 0.56,
-        mouth_width=6.6 + 4.6 * factor("mouth_width"),
-        lips=1.0 + 1.6 * factor("lip_fullness"),
+        mouth_y=(height * 0.56).maximum(eye_y + nose_length + 6.5),
+        mouth_width=(7.2 + 4.0 * factor("mouth_width")).minimum(0.44 * width),
+        lips=1.3 + 1.5 * factor("lip_fullness"),
         beard=((factor("beard") - 0.55) / 0.45).clamp(0, 1),
     )
 
@@ -149,4 +152,4 @@ class Pose:
 
     def turned(self, u: Tensor | float, depth: float = 1.0) -> Tensor:
         """Horizontal place of a feature at u once the head has turned; depth = how far in front."""
-        return u * (1 - 0.16 * self.yaw.abs()) + 4.0 * depth * self.yaw
+        return u * (1 - 0.16 * self.yaw.abs()) + 3.4 * depth * self.yaw

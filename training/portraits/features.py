@@ -17,6 +17,8 @@ MOUTH_BEND = (-0.1, -3.4, -3.0, 3.2, 1.5, 3.0)  # negative = corners up
 MOUTH_STRETCH = (1.0, 1.2, 1.22, 0.88, 0.9, 0.6)
 MOUTH_OPENING = (0.0, 0.0, 7.5, 0.0, 0.0, 6.2)
 LIP = (0.76, 0.3, 0.3)
+#: how far in front the mouth is: further, and it leaves the jaw of a turned head
+MOUTH_DEPTH = 0.6
 
 
 def _look(expression: Tensor, table: tuple[float, ...]) -> Tensor:
@@ -39,8 +41,8 @@ def landmarks(who: Anatomy, pose: Pose, expression: Tensor) -> Tensor:
         (pose.turned(-who.eye_x), who.eye_y),
         (pose.turned(who.eye_x), who.eye_y),
         (pose.turned(zero, 1.35), who.eye_y + who.nose_length),
-        (pose.turned(-stretch), who.mouth_y + bend),
-        (pose.turned(stretch), who.mouth_y + bend),
+        (pose.turned(-stretch, MOUTH_DEPTH), who.mouth_y + bend),
+        (pose.turned(stretch, MOUTH_DEPTH), who.mouth_y + bend),
     ]
     xy = [pose.to_picture(u[:, 0, 0], v[:, 0, 0]) for u, v in points]
     return torch.stack([torch.stack(p, -1) for p in xy], 1)
@@ -122,7 +124,7 @@ def draw_nose(canvas: Canvas, who: Anatomy, pose: Pose) -> None:
 
 
 def draw_mouth(canvas: Canvas, who: Anatomy, pose: Pose, expression: Tensor) -> None:
-    at_u = pose.turned(torch.zeros_like(who.eye_x))
+    at_u = pose.turned(torch.zeros_like(who.eye_x), MOUTH_DEPTH)
     window = _window(canvas, pose, at_u, who.mouth_y + 2, 40, 30)
     u, v = pose.head(window.x, window.y)
     u, v = u - at_u, v - who.mouth_y

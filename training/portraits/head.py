@@ -8,6 +8,11 @@ from torch import Tensor
 from .anatomy import Anatomy, Pose
 from .canvas import Canvas, box, cover, ellipse, soft
 
+#: strength of the line around hair: without it white hair fades into a bright background
+HAIR_LINE = 0.75
+#: and around chin and neck, which part from a beard and a background of their colour by it
+SKIN_LINE = 0.6
+
 
 def draw_back_hair(canvas: Canvas, who: Anatomy, pose: Pose) -> Tensor:
     """Hair behind the neck; returns its cover [B, H, W]."""
@@ -19,18 +24,22 @@ def draw_back_hair(canvas: Canvas, who: Anatomy, pose: Pose) -> Tensor:
     middle = (length - 6) / 2
     widening = spread * (0.93 + 0.1 * who.hair_volume)
     curtain = box(u, v - middle, widening, (length + 6).clamp(min=0) / 2, 5.0)
-    shape = cover(torch.minimum(dome, curtain), canvas.pixel * pose.scale)
-    shape = shape * (who.hair_length > 0.06)
+    distance, pixel = torch.minimum(dome, curtain), canvas.pixel * pose.scale
+    long = who.hair_length > 0.06
+    shape = cover(distance, pixel) * long
     canvas.paint(shape, who.hair * 0.72)
+    canvas.paint(HAIR_LINE * cover(distance.abs() - 0.6, pixel) * long, who.hair * 0.25)
     return shape
 
 
 def draw_neck(canvas: Canvas, who: Anatomy, pose: Pose) -> Tensor:
     u, v = pose.body(canvas.x, canvas.y)
     half = 7.2 + 0.16 * who.width
-    shape = cover(box(u, v - 33, half, 15.0, 4.0), canvas.pixel * pose.scale)
-    shadow = 1 - 0.45 * soft(v - who.height - 5, 9.0)
+    distance, pixel = box(u, v - 33, half, 15.0, 4.0), canvas.pixel * pose.scale
+    shape = cover(distance, pixel)
+    shadow = 1 - 0.3 * soft(v - who.height - 5, 9.0)
     canvas.paint(shape, who.skin[:, :, None, None] * (0.92 * shadow).unsqueeze(1))
+    canvas.paint(SKIN_LINE * cover(distance.abs() - 0.6, pixel), who.skin * 0.45)
     return shape
 
 
@@ -40,9 +49,12 @@ def draw_face(canvas: Canvas, who: Anatomy, pose: Pose) -> Tensor:
     pixel = canvas.pixel * pose.scale
     ears = _ears(u, v, who, pose)
     canvas.paint(cover(ears, pixel), who.skin * 0.9)
-    face = cover(face_distance(u, v, who, pose), pixel)
+    distance = face_distance(u, v, who, pose)
+    face = cover(distance, pixel)
     canvas.paint(face, _shaded_skin(u, v, who, pose))
     _beard(canvas, u, v, face, who, pose)
+    jaw = soft(4.0 - v, 6.0)
+    canvas.paint(SKIN_LINE * jaw * cover(distance.abs() - 0.6, pixel), who.skin * 0.45)
     return torch.maximum(face, cover(ears, pixel))
 
 
@@ -78,7 +90,7 @@ def _shaded_skin(u: Tensor, v: Tensor, who: Anatomy, pose: Pose) -> Tensor:
 def _beard(canvas: Canvas, u: Tensor, v: Tensor, face: Tensor, who: Anatomy, pose: Pose) -> None:
     """Along the jaw only: on the cheeks and around the mouth it looks like dirt."""
     down = (v / who.height).clamp(0, 1)
-    depth = face_distance(u, v, who, pose) + (2.5 + 2.5 * who.beard) * (1 + down)
+    depth = face_distance(u, v, who, pose) + (2.0 + 1.5 * who.beard) * (1 + down)
     jaw = torch.minimum(soft(-depth, 1.5), soft(0.1 * who.height - v, 3.0))
     strength = (6 * who.beard).clamp(max=0.9)
     canvas.paint(face * jaw * strength, who.hair * 0.85)
@@ -96,8 +108,10 @@ def draw_front_hair(canvas: Canvas, who: Anatomy, pose: Pose) -> Tensor:
     arch = 0.62 * who.height * (across + parting * 0.4) ** 2 * (1.2 - 0.75 * who.fringe)
     sides = 34.0 * ((across.abs() - 0.86).clamp(min=0)) * (0.25 + 0.75 * (who.hair_length > 0.2))
     line = who.hairline + arch + sides
-    shape = cover(torch.maximum(dome, (v - line) * 0.8), canvas.pixel * pose.scale)
+    distance, pixel = torch.maximum(dome, (v - line) * 0.8), canvas.pixel * pose.scale
+    shape = cover(distance, pixel)
     canvas.paint(shape, _strands(u, v, who))
+    canvas.paint(HAIR_LINE * cover(distance.abs() - 0.6, pixel), who.hair * 0.25)
     return shape
 
 

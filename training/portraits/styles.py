@@ -57,7 +57,8 @@ def _photo(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
 
 def _black_and_white(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
     grey = monochrome(_photo(c, light, texture))
-    grey = grey + (grey - blur(grey[:, None], 6)[:, 0])  # hair parts from a background of its grey
+    local = grey - blur(grey[:, None], 6)[:, 0]
+    grey = grey + 0.5 * local  # hair parts from a background of its grey
     vignette = 1 - 0.25 * (((c.x - 64) ** 2 + (c.y - 64) ** 2) / 8192) ** 2
     return (grey * vignette)[:, None].expand(-1, 3, -1, -1)
 
@@ -67,8 +68,8 @@ def _sketch(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
     grey = monochrome(c.image)
     shade = 0.37 + 0.6 * grey + (grey - blur(grey[:, None], 4)[:, 0])
     hatch = torch.sin((c.x + c.y) * 1.5 + 6.28 * wide(texture[:, 6]))
-    tone = (0.97 - shade).clamp(0, 1) * (1 + 0.12 * hatch)
-    line = (_outline(grey) * 0.9 - 0.08).clamp(0, 0.6)
+    tone = (0.97 - shade).clamp(0, 1) * (1 + 0.04 * hatch)
+    line = (_outline(grey) * 1.2 - 0.08).clamp(0, 0.7)
     ink = (line * (1 - tone) + tone).clamp(0, 0.95)  # lines that add up would fill eyes with black
     paper = torch.tensor([0.97, 0.96, 0.92], device=grey.device)[:, None, None]
     return paper * (1 - ink[:, None]) + 0.06 * ink[:, None]

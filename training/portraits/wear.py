@@ -194,7 +194,7 @@ def _hat(c: Canvas, pose: Pose, who: Anatomy, colour: Tensor) -> Tensor:
     px = c.pixel * pose.scale
     rim = -who.height * 0.62
     crown = torch.maximum(ellipse(u, v - rim, who.width + 4.5, 24.0), v - rim)
-    brim = ellipse(u - 2 * pose.yaw, v - rim, who.width + 13.0, 4.6)
+    brim = ellipse(u - pose.yaw, v - rim, who.width + 11.0, 5.4)
     c.paint(cover(crown, px), colour)
     band = torch.maximum(crown, rim - 9.0 - v)
     c.paint(cover(band, px), colour * 0.3 + 0.6)  # a light ribbon: black hats are seen at night
@@ -207,13 +207,16 @@ def _hat(c: Canvas, pose: Pose, who: Anatomy, colour: Tensor) -> Tensor:
 def _scarf(c: Canvas, pose: Pose, who: Anatomy, colour: Tensor) -> Tensor:
     u, v = pose.body(c.x, c.y)
     px = c.pixel * pose.scale
-    wrap = ellipse(u, v - 40.0, 23.0, 10.0)
-    shape = cover(wrap, px)
-    c.paint(shape, colour * 0.75 + 0.1)
-    fold = torch.maximum(wrap, -ellipse(u, v - 36.0, 21.0, 8.0))
-    c.paint(cover(fold, px), colour * 0.4 + 0.5)  # of one colour it looks like a neck
-    c.paint(0.8 * cover(wrap.abs() - 0.6, px), colour * 0.25)
-    return shape
+    end = box(u - 9.5, v - 56.0, 6.0, 15.0, 1.5)
+    wrap = ellipse(u, v - 42.0, 19.0, 9.0)
+    cloth = (colour * 1.3 + 0.15).clamp(0, 1)
+    stripes = torch.maximum(end + 0.6, torch.remainder(v - 57.0, 7.0) - 1.4)
+    for part in (end, wrap):  # a wrap without an end looks like a plate
+        c.paint(cover(part, px), cloth)
+        if part is end:
+            c.paint(cover(stripes, px), colour * 0.2 + 0.78)
+        c.paint(0.85 * cover(part.abs() - 0.6, px), colour * 0.25)
+    return cover(torch.minimum(end, wrap), px)
 
 
 def _headphones(c: Canvas, pose: Pose, who: Anatomy, colour: Tensor) -> Tensor:
