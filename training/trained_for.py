@@ -15,6 +15,7 @@ from . import parallel
 from .artifacts import artifact, artifacts_folder, sha256
 from .config import Config
 from .json_file import read_object
+from .portraits import renderer_digest
 from .run_folder import RunFolder
 
 FILE = "trained_for.json"
@@ -46,6 +47,11 @@ def settings(config: Config, *sections: str) -> dict[str, Any]:
 def inputs(config: Config, *names: str) -> dict[str, str]:
     """Artifacts that a training reads, by content. Errors: MissingArtifact, BadWeightsFile."""
     return {f"the artifact {n}": content(artifact(config, n)) for n in names}
+
+
+def drawings() -> dict[str, str]:
+    """What draws the pictures that a training sees: another renderer, another training."""
+    return {"the renderer": renderer_digest()}
 
 
 def content(path: Path) -> str:

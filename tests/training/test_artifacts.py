@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from difflora_core.errors import DiffLoRAError
+from difflora_core.errors import BadWeightsFile, DiffLoRAError
 from training import artifacts
 from training.artifacts import (
     MissingArtifact,
@@ -21,6 +21,7 @@ from training.artifacts import (
     sha256,
     ship,
 )
+from training.base.models import open_text, open_unet, open_vae
 from training.config import Config
 from training.run_config import RunConfig
 from training.run_folder import RunFolder
@@ -161,3 +162,19 @@ def test_a_run_without_artifacts_ships_nothing(tmp_path: Path) -> None:
     with pytest.raises(DiffLoRAError, match="nothing to ship"):
         ship(config, RunFolder.create(config.run.root, "ship"), tmp_path / "shipped")
     assert not (tmp_path / "shipped").exists()
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_the_config_of_another_network_is_refused_in_words(config: Config, part: str) -> None:
+    openers = {"unet": open_unet, "vae": open_vae, "text_encoder": open_text}
+    _save(config, part)
+    with pytest.raises(BadWeightsFile, match=rf"^{part}.safetensors is not a {part} of ours"):
+        openers[part](config)
+
+
+def test_a_config_with_the_weights_of_another_is_refused_in_words(config: Config) -> None:
+    tensors, _ = read_artifact(config, "vae")
+    _, built_from = read_artifact(config, "unet")
+    save_artifact(config, "unet", tensors, built_from)
+    with pytest.raises(BadWeightsFile, match=r"^unet.safetensors is not a unet of ours"):
+        open_unet(config)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from training.portraits import (
     is_held_out,
     parse_prompt,
     render,
+    renderer_digest,
     sample_scenes,
 )
 from training.portraits.anatomy import Pose, measure
@@ -207,3 +210,16 @@ def test_unknown_values_are_refused() -> None:
         scenes(1, weights={"mood": (1.0,)})
     with pytest.raises(ValueError, match="people"):
         scenes(1, people=4)
+
+
+def test_a_renderer_is_known_by_its_code_not_its_comments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(import_module("training.portraits.render"), "__file__", tmp_path / "r.py")
+    code = tmp_path / "eyes.py"
+    code.write_text("SIZE = 3.0\n")
+    before = renderer_digest()
+    code.write_text("SIZE = (  # of an eye\n    3.0\n)\n")
+    assert renderer_digest() == before
+    code.write_text("SIZE = 3.5\n")
+    assert renderer_digest() != before

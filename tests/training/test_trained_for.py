@@ -6,6 +6,7 @@ import torch
 from difflora_core.errors import BadConfig, DiffLoRAError
 from training import trained_for
 from training.artifacts import save_artifact
+from training.base import vae_training
 from training.config import Config, load_config
 from training.run_folder import RunFolder
 
@@ -103,3 +104,14 @@ def test_what_is_read_counts_by_content_and_a_result_is_no_other_start(tmp_path:
     assert trained_for.inputs(config, "vae").keys() == shipped.keys()
     assert trained_for.inputs(config, "vae") != shipped
     assert trained_for.start(config, "vae") == {}
+
+
+def test_another_renderer_is_another_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_with(tmp_path, "base.vae.pool=8")
+    folder = begun(tmp_path, vae_training.decisive(config))
+    trained_for.begin(folder, vae_training.decisive(config))
+    monkeypatch.setattr(trained_for, "renderer_digest", lambda: "another")
+    with pytest.raises(BadConfig, match=r"the renderer = .*, now it is 'another'"):
+        trained_for.begin(folder, vae_training.decisive(config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from difflora_core.errors import BadConfig
+from difflora_core.weights_file import expecting
 
-from ..artifacts import read_artifact
+from ..artifacts import artifact, read_artifact
 from ..config import Config
 from .config import TextConfig, UnetConfig, VaeConfig
 from .tokens import CONTEXT, END, START, known_tokens, token_index
@@ -118,21 +120,16 @@ def text_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def open_vae(config: Config) -> Vae:
-    tensors, built_from = read_artifact(config, "vae")
-    return _frozen(build_vae(built_from), tensors)
+    return _opened(config, "vae", build_vae)
 
 
 def open_unet(config: Config) -> Unet:
-    tensors, built_from = read_artifact(config, "unet")
-    return _frozen(build_unet(built_from), tensors)
+    return _opened(config, "unet", build_unet)
 
 
 def open_text(config: Config) -> TextModel:
     """The trained text encoder over compact rows (see `tokens.rows`)."""
-    tensors, built_from = read_artifact(config, "text_encoder")
-    weights = {k: v for k, v in tensors.items() if not k.startswith("token_")}
-    weights[TOKEN_TABLE] = tensors["token_rows"]
-    return _frozen(build_compact_text(built_from), weights)
+    return _opened(config, "text_encoder", build_compact_text)
 
 
 def check_start(config: Config, name: str, wanted: dict[str, Any]) -> None:
@@ -147,8 +144,14 @@ def check_start(config: Config, name: str, wanted: dict[str, Any]) -> None:
         )
 
 
-def _frozen(module: nn.Module, tensors: dict[str, Tensor]) -> Any:
-    module.load_state_dict({k: v.float() for k, v in tensors.items()})
+def _opened(config: Config, name: str, build: Callable[[dict[str, Any]], nn.Module]) -> Any:
+    tensors, built_from = read_artifact(config, name)
+    if "token_rows" in tensors:
+        rows = {k: v for k, v in tensors.items() if not k.startswith("token_")}
+        tensors = rows | {TOKEN_TABLE: tensors["token_rows"]}
+    with expecting(artifact(config, name), f"a {name} of ours", "Take one that train-base wrote."):
+        module = build(built_from)
+        module.load_state_dict({k: v.float() for k, v in tensors.items()})
     return module.requires_grad_(False).eval()
 
 

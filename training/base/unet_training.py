@@ -89,7 +89,7 @@ def train_unet(config: Config, folder: RunFolder) -> None:
 
 def decisive(config: Config) -> dict[str, Any]:
     """What the training depends on, see `trained_for`."""
-    values = trained_for.settings(config, "base.unet", "base.text")
+    values = trained_for.settings(config, "base.unet", "base.text") | trained_for.drawings()
     values |= trained_for.inputs(config, "vae")
     values["scaling_factor"] = read_artifact(config, "vae")[1]["scaling_factor"]
     again = config.base.unet.start == "artifact"

@@ -91,7 +91,7 @@ def train_vae(config: Config, folder: RunFolder) -> None:
 def decisive(config: Config) -> dict[str, Any]:
     """What the training depends on, see `trained_for`."""
     again = config.base.vae.start == "artifact"
-    values = trained_for.settings(config, "base.vae")
+    values = trained_for.settings(config, "base.vae") | trained_for.drawings()
     return values | (trained_for.start(config, "vae") if again else {})
 
 

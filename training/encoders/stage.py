@@ -66,7 +66,8 @@ def run(config: Config, folder: RunFolder) -> None:
 
 def decisive(config: Config, name: str) -> dict[str, Any]:
     """What the training of an encoder depends on, see `trained_for`."""
-    return trained_for.settings(config, "encoders", f"encoders.{name}")
+    values = trained_for.settings(config, "encoders", f"encoders.{name}")
+    return values | trained_for.drawings()
 
 
 def train_one(name: str, config: Config, path: Path) -> None:

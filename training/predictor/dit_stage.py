@@ -27,7 +27,7 @@ def run(config: Config, folder: RunFolder) -> None:
     name, settings = config.predictor.name, config.predictor.dit
     part, values = folder.part(name), trained_for.settings(config, "predictor", "predictor.dit")
     read = (f"{name}_autoencoder", INDEX, "recogniser", "image_encoder")
-    trained_for.begin(part, values | trained_for.inputs(config, *read))
+    trained_for.begin(part, values | trained_for.inputs(config, *read) | trained_for.drawings())
     torch.manual_seed(config.run.seed)
     predictor = open_bundle(config, f"{name}_autoencoder")
     loras = read_set(config)

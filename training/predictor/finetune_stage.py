@@ -74,6 +74,7 @@ def decisive(config: Config) -> dict[str, Any]:
     name, begun = config.predictor.name, config.predictor.finetune.start
     values = trained_for.settings(config, "predictor", "predictor.finetune")
     values |= {"loras.rank": config.loras.rank, "loras.gauge": config.loras.gauge}
+    values |= trained_for.drawings()
     values |= trained_for.inputs(config, *BASE_PARTS, "recogniser", "image_encoder")
     if begun == "dit":
         values |= trained_for.inputs(config, f"{name}_dit")
