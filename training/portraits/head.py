@@ -27,7 +27,7 @@ def draw_back_hair(canvas: Canvas, who: Anatomy, pose: Pose) -> Tensor:
     distance, pixel = torch.minimum(dome, curtain), canvas.pixel * pose.scale
     long = who.hair_length > 0.06
     shape = cover(distance, pixel) * long
-    canvas.paint(shape, who.hair * 0.72)
+    canvas.paint(shape, who.hair * 0.5)
     canvas.paint(HAIR_LINE * cover(distance.abs() - 0.6, pixel) * long, who.hair * 0.25)
     return shape
 
@@ -103,16 +103,26 @@ def draw_front_hair(canvas: Canvas, who: Anatomy, pose: Pose) -> Tensor:
     spread = who.width + 1.6 + 4.2 * who.hair_volume
     top = who.height + 2.5 + 5.5 * who.hair_volume
     dome = ellipse(u, v + 2.0, spread, top)
-    across = u / who.width
-    parting = 0.35 * (1 - who.fringe)
-    arch = 0.62 * who.height * (across + parting * 0.4) ** 2 * (1.2 - 0.75 * who.fringe)
-    sides = 34.0 * ((across.abs() - 0.86).clamp(min=0)) * (0.25 + 0.75 * (who.hair_length > 0.2))
-    line = who.hairline + arch + sides
-    distance, pixel = torch.maximum(dome, (v - line) * 0.8), canvas.pixel * pose.scale
+    line, slope = _hairline(u, who)
+    distance = torch.maximum(dome, (v - line) / (1 + slope * slope).sqrt())
+    pixel = canvas.pixel * pose.scale
     shape = cover(distance, pixel)
     canvas.paint(shape, _strands(u, v, who))
     canvas.paint(HAIR_LINE * cover(distance.abs() - 0.6, pixel), who.hair * 0.25)
     return shape
+
+
+def _hairline(u: Tensor, who: Anatomy) -> tuple[Tensor, Tensor]:
+    """Where hair ends above the face, and how steeply that falls, at the places u."""
+    across = u / who.width + 0.14 * (1 - who.fringe)
+    bend = 0.62 * who.height * (1.2 - 0.75 * who.fringe)
+    fall = 34.0 * (0.25 + 0.75 * (who.hair_length > 0.2))
+    beyond = (u.abs() / who.width - 0.9).clamp(min=0)
+    line = who.hairline + bend * across**2
+    above = line < who.eye_y - 5.5  # hair over the corner of an eye looks like a broken eye
+    line = line.minimum(who.eye_y - 5.5) + fall * beyond
+    slope = (2 * bend * across * above + fall * (beyond > 0) * u.sign()) / who.width
+    return line, slope
 
 
 def _strands(u: Tensor, v: Tensor, who: Anatomy) -> Tensor:

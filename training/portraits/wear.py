@@ -20,6 +20,13 @@ ACCENTS = (
     (0.3, 0.36, 0.22),
     (0.42, 0.2, 0.5),
 )
+SCARF_COLOURS = (
+    (0.82, 0.14, 0.16),
+    (0.16, 0.32, 0.76),
+    (0.15, 0.55, 0.27),
+    (0.95, 0.82, 0.2),
+    (0.52, 0.22, 0.66),
+)
 GOLD = (0.93, 0.76, 0.25)
 #: half width, half height and corner radius of a lens, in units of the head
 LENS = (8.2, 6.4, 4.6)
@@ -137,9 +144,8 @@ def draw_accessory(
         index = (worn == _WORN[name]).nonzero()[:, 0]
         if len(index):
             part, place = canvas.rows(index), pose.rows(index)
-            colour = choose(
-                (accent[index] * len(ACCENTS)).long().clamp(max=len(ACCENTS) - 1), ACCENTS
-            )
+            table = SCARF_COLOURS if name == "scarf" else ACCENTS
+            colour = choose((accent[index] * len(table)).long().clamp(max=len(table) - 1), table)
             total[index] = painter(part, place, who.rows(index), colour)
             canvas.put_rows(index, part)
     return total
@@ -209,13 +215,12 @@ def _scarf(c: Canvas, pose: Pose, who: Anatomy, colour: Tensor) -> Tensor:
     px = c.pixel * pose.scale
     end = box(u - 9.5, v - 56.0, 6.0, 15.0, 1.5)
     wrap = ellipse(u, v - 42.0, 19.0, 9.0)
-    cloth = (colour * 1.3 + 0.15).clamp(0, 1)
     stripes = torch.maximum(end + 0.6, torch.remainder(v - 57.0, 7.0) - 1.4)
     for part in (end, wrap):  # a wrap without an end looks like a plate
-        c.paint(cover(part, px), cloth)
+        c.paint(cover(part, px), colour)
         if part is end:
             c.paint(cover(stripes, px), colour * 0.2 + 0.78)
-        c.paint(0.85 * cover(part.abs() - 0.6, px), colour * 0.25)
+        c.paint(0.85 * cover(part.abs() - 0.7, px), colour * 0.2)
     return cover(torch.minimum(end, wrap), px)
 
 
