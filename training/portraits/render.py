@@ -118,5 +118,5 @@ def renderer_digest() -> str:
     Comments and line breaks do not count.
     """
     sources = sorted(Path(__file__).parent.glob("*.py"))
-    code = "".join(ast.dump(ast.parse(path.read_bytes())) for path in sources)
+    code = "".join(ast.unparse(ast.parse(path.read_bytes())) for path in sources)
     return hashlib.sha256(code.encode()).hexdigest()[:12]

@@ -20,13 +20,7 @@ ACCENTS = (
     (0.3, 0.36, 0.22),
     (0.42, 0.2, 0.5),
 )
-SCARF_COLOURS = (
-    (0.82, 0.14, 0.16),
-    (0.16, 0.32, 0.76),
-    (0.15, 0.55, 0.27),
-    (0.95, 0.82, 0.2),
-    (0.52, 0.22, 0.66),
-)
+SCARF_COLOURS = CLOTH_COLOURS[:5]
 GOLD = (0.93, 0.76, 0.25)
 #: half width, half height and corner radius of a lens, in units of the head
 LENS = (8.2, 6.4, 4.6)
