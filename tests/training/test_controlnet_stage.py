@@ -317,6 +317,16 @@ def test_other_people_and_other_base_models_are_another_training(tmp_path: Path)
         trained_for.check(folder, record.decisive(config, ObjectiveConfig()))
 
 
+@pytest.mark.parametrize(("data", "refused"), [("drawn", True), ("people", False)])
+def test_another_renderer_matters_where_it_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str, refused: bool
+) -> None:
+    config = world(tmp_path, f"controlnet.data={data}")
+    before = record.decisive(config, ObjectiveConfig())
+    monkeypatch.setattr(trained_for, "renderer_digest", lambda: "another")
+    assert (record.decisive(config, ObjectiveConfig()) != before) == refused
+
+
 def test_the_data_set_has_to_be_built_first(tmp_path: Path) -> None:
     config = world(tmp_path, "controlnet.data=people")
     with pytest.raises(MissingArtifact, match="build-people-dataset"):

@@ -35,6 +35,8 @@ def decisive(config: Config, objective: ObjectiveConfig) -> dict[str, Any]:
     index = index_path(config, "train")
     if settings.data == "people" and index.exists():  # its absence is refused where it is read
         values["people"] = trained_for.content(index)
+    if settings.data == "drawn":
+        values |= trained_for.drawings()
     if not settings.model:
         own = [_OWN[key] for key in networks if key in _OWN and not getattr(settings, key)]
         values |= trained_for.inputs(config, *BASE_PARTS, *own)
