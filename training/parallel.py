@@ -13,12 +13,15 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-#: the others wait this long while the first process draws pictures or measures
+T = TypeVar("T")
+
+#: the others wait this long while one of them draws pictures or measures
 _PATIENCE = timedelta(hours=24)
 
 
@@ -59,6 +62,26 @@ def first_one_first() -> Iterator[None]:
     yield
     if rank() == 0 and count() > 1:
         dist.barrier()
+
+
+def share() -> slice:
+    """Which of a list of parts this process makes, where each makes as many."""
+    return slice(rank(), None, count())
+
+
+def exchange(own: Sequence[T], number: int) -> list[T]:
+    """All `number` parts in their order, each from the process whose `share` it is.
+
+    Every process must call this; parts are pickled, so tensors belong on the cpu.
+    """
+    join()
+    parts: list[T] = []
+    for i in range(number):
+        box: list[Any] = [own[i // count()] if i % count() == rank() else None]
+        if count() > 1:
+            dist.broadcast_object_list(box, src=i % count())
+        parts += box
+    return parts
 
 
 @torch.no_grad()

@@ -9,11 +9,13 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from open_clip.tokenizer import SimpleTokenizer
+from torch import Tensor
 
 from difflora_core.errors import BadConfig
 from difflora_core.lora_space import LoraSpace
 from difflora_core.mini_world import open_part
 from tests.training.tiny_world import write_world
+from training import parallel
 from training.__main__ import open_run
 from training.artifacts import artifacts_folder, read_artifact, read_manifest, save_artifact
 from training.base import pool
@@ -106,6 +108,24 @@ def test_the_pool_knows_where_faces_are(config: Config) -> None:
     assert pool.faces.shape == (6, 16, 16)
     area = (drawn.face_pixels().mean((1, 2)), pool.faces.float().mean((1, 2)))
     assert torch.allclose(*area, atol=1e-3) and area[0].min() > 0
+
+
+def test_processes_that_draw_together_draw_what_one_does(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_world(config)
+    monkeypatch.setattr(pool, "CHUNK", 2)
+    vae, settings = open_vae(config), replace(config.base.unet, pool=5)
+    alone = build_pool(vae, settings, seed=3, device=CPU)
+    shares: list[list[tuple[Tensor, ...]]] = []
+    monkeypatch.setattr(parallel, "exchange", lambda own, number: shares.append(own) or own)
+    for rank in range(2):
+        monkeypatch.setattr(parallel, "share", lambda rank=rank: slice(rank, None, 2))
+        build_pool(vae, settings, seed=3, device=CPU, together=True)
+    assert [len(share) for share in shares] == [2, 1]
+    in_order = (shares[0][0], shares[1][0], shares[0][1])
+    for name, parts in zip(vars(alone), zip(*in_order, strict=True), strict=True):
+        assert torch.equal(torch.cat(parts), vars(alone)[name])
 
 
 def test_the_pool_draws_styles_as_often_as_it_is_told(config: Config) -> None:

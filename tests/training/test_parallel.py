@@ -44,6 +44,11 @@ def test_processes_draw_samples_of_their_own(tmp_path: Path) -> None:
     assert not torch.equal(first["own samples"], second["own samples"])
 
 
+def test_every_process_gets_the_parts_of_all_in_their_order(tmp_path: Path) -> None:
+    for result in _two_processes(tmp_path):
+        assert result["parts"].tolist() == [[0, 0], [1, 1], [2, 0], [3, 1], [4, 0]]
+
+
 def test_a_signal_to_one_stops_all_at_the_same_step(tmp_path: Path) -> None:
     first, second = _two_processes(tmp_path, stop_at=2)
     assert "line stopped at step 3" in first

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from difflora_core.weights_file import read_safetensors, write_safetensors
 
+from .. import parallel
 from ..artifacts import artifact, sha256
 from ..config import Config
 from ..portraits import Scene, describe, render, renderer_digest, sample_scenes
@@ -58,32 +59,63 @@ def open_pool(config: Config, path: Path, device: torch.device) -> LatentPool:
     """The pool of train-base: drawn and written to `path`, or found there by a resumed run.
 
     A file that was made from other settings, by another renderer or with another VAE is made anew.
+    Every process of a training must call this (see `parallel`): each draws a part.
     """
     settings, seed = config.base.unet, config.run.seed
     vae = sha256(artifact(config, "vae"))
     drawn_by = [settings.pool, settings.styles, settings.mention, settings.looks]
     made_of = json.dumps([*drawn_by, seed, vae, renderer_digest()])
-    if path.exists():
-        tensors, header = read_safetensors(path)
-        if header.get("made_of") == made_of:
-            return LatentPool(**{name: tensor.to(device) for name, tensor in tensors.items()})
-    pool = build_pool(open_vae(config).to(device), settings, seed, device)
-    tensors = {name: tensor.cpu() for name, tensor in vars(pool).items()}
-    write_safetensors(path, tensors, {"made_of": made_of}, overwrite=True)
+    found = _found(path, made_of, device)
+    parallel.join()
+    missing = parallel.agree(found is None, device=device)[0]  # a disk may not be the others' disk
+    if found is not None and not missing:
+        return found
+    pool = build_pool(open_vae(config).to(device), settings, seed, device, together=True)
+    if parallel.rank() == 0:
+        tensors = {name: tensor.cpu() for name, tensor in vars(pool).items()}
+        write_safetensors(path, tensors, {"made_of": made_of}, overwrite=True)
     return pool
 
 
+def _found(path: Path, made_of: str, device: torch.device) -> LatentPool | None:
+    if not path.exists():
+        return None
+    tensors, header = read_safetensors(path)
+    if header.get("made_of") != made_of:
+        return None
+    return LatentPool(**{name: tensor.to(device) for name, tensor in tensors.items()})
+
+
 def build_pool(
-    vae: Vae, config: UnetConfig, seed: int, device: torch.device, split: str = "train"
+    vae: Vae,
+    config: UnetConfig,
+    seed: int,
+    device: torch.device,
+    split: str = "train",
+    together: bool = False,
 ) -> LatentPool:
-    """Draw `config.pool` pictures of training people (or "test" ones) and encode them."""
-    latents, prompts, faces = [], [], []
-    for scene, spoken in _scenes_with_prompts(config, seed, split):
-        drawn = render(scene.to(device))
-        latents.append(encode_images(vae, drawn.images).half())
-        prompts.append(spoken.result().short() if isinstance(spoken, Future) else spoken.short())
-        faces.append(F.adaptive_avg_pool2d(drawn.face_pixels(), latents[-1].shape[-2:]).half())
-    return LatentPool(torch.cat(latents), torch.cat(prompts).to(device), torch.cat(faces))
+    """Draw `config.pool` pictures of training people (or "test" ones) and encode them.
+
+    `together`: every process calls this, draws its share of the chunks and gets the whole.
+    """
+    share = parallel.share() if together else slice(None)
+    chunks = [
+        _encoded(vae, scene.to(device), spoken)
+        for scene, spoken in _scenes_with_prompts(config, seed, split, share)
+    ]
+    if together:
+        chunks = parallel.exchange(chunks, len(_sizes(config)))
+    return LatentPool(*(torch.cat(part).to(device) for part in zip(*chunks, strict=True)))
+
+
+def _encoded(vae: Vae, scene: Scene, spoken: Future[Tensor] | Tensor) -> tuple[Tensor, ...]:
+    """The fields of a pool, on the cpu."""
+    drawn = render(scene)
+    latents = encode_images(vae, drawn.images).half()
+    prompts = spoken.result() if isinstance(spoken, Future) else spoken
+    high, wide = latents.shape[-2:]
+    faces = F.adaptive_avg_pool2d(drawn.face_pixels(), (high, wide)).half()
+    return latents.cpu(), prompts.short(), faces.cpu()
 
 
 @torch.no_grad()
@@ -102,25 +134,29 @@ def decode_latents(vae: Vae, latents: Tensor) -> Tensor:
     return (torch.cat(parts).float() / 2 + 0.5).clamp(0, 1)
 
 
+def _sizes(config: UnetConfig) -> list[int]:
+    return [min(CHUNK, config.pool - i) for i in range(0, config.pool, CHUNK)]
+
+
 def _scenes_with_prompts(
-    config: UnetConfig, seed: int, split: str
+    config: UnetConfig, seed: int, split: str, share: slice
 ) -> Iterator[tuple[Scene, Future[Tensor] | Tensor]]:
+    """Those chunks of the pool that lie in `share`."""
     generator = torch.Generator().manual_seed(seed)
-    sizes = [min(CHUNK, config.pool - i) for i in range(0, config.pool, CHUNK)]
+    scenes = [_draw_scenes(size, config, generator, split) for size in _sizes(config)]
+    numbered = list(enumerate(scenes, seed))[share]
     if config.pool < _PARALLEL_FROM:
-        for i, size in enumerate(sizes):
-            scene = _draw_scenes(size, config, generator, split)
-            yield scene, _speak(scene, config.mention, config.looks, seed + i)
+        for number, scene in numbered:
+            yield scene, _speak(scene, config.mention, config.looks, number)
         return
     # spawn: a process that has touched a GPU must not fork
     context, count = get_context("spawn"), max(1, (os.cpu_count() or 2) - 2)
     with ProcessPoolExecutor(count, context) as workers:
-        scenes = [_draw_scenes(n, config, generator, split) for n in sizes]
         spoken = [
-            workers.submit(_speak, scene, config.mention, config.looks, seed + i)
-            for i, scene in enumerate(scenes)
+            workers.submit(_speak, scene, config.mention, config.looks, number)
+            for number, scene in numbered
         ]
-        yield from zip(scenes, spoken, strict=True)
+        yield from zip((scene for _, scene in numbered), spoken, strict=True)
 
 
 def _draw_scenes(n: int, config: UnetConfig, generator: torch.Generator, split: str) -> Scene:

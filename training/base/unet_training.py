@@ -46,8 +46,7 @@ def train_unet(config: Config, folder: RunFolder) -> None:
         check_start(config, "text_encoder", text_config(base.text))
     part = folder.part("unet")
     trained_for.begin(part, decisive(config))
-    with parallel.first_one_first():
-        pool = open_pool(config, part.path / "pool.safetensors", device)
+    pool = open_pool(config, part.path / "pool.safetensors", device)
     torch.manual_seed(config.run.seed)  # the same weights whether the pool was drawn or found
     unet = build_unet(unet_config(base.unet, base.text))
     unet = unet.to(device, memory_format=torch.channels_last)

@@ -11,6 +11,7 @@ from multiprocessing import get_context
 import torch
 from torch import Tensor
 
+from .. import parallel
 from ..base.painter import Painter
 from ..base.pool import encode_images
 from ..base.tokens import rows
@@ -44,25 +45,31 @@ class PeoplePool:
 def build_people_pool(
     painter: Painter, encoders: PhotoEncoders, config: FinetuneTraining, seed: int
 ) -> PeoplePool:
-    """Draw and encode everything once, on the device."""
+    """Draw and encode everything once, on the device.
+
+    Every process of a training must call this (see `parallel`): each encodes some of the pictures.
+    """
     people = identities(torch.arange(config.first, config.first + config.people))
     generator = torch.Generator().manual_seed(seed)
     scenes = [_pictures(few, config.pictures, generator) for few in people.split(_CHUNK)]
-    prompts = _speak_all(scenes, seed)
-    latents, boxes, landmarks = [], [], []
-    for scene in scenes:
-        drawn = render(scene.to(painter.device))
-        latents.append(encode_images(painter.vae, drawn.images).half())
-        boxes.append(drawn.boxes[:, 0])
-        landmarks.append(drawn.landmarks[:, 0])
+    own = [_encoded(painter, scene) for scene in scenes[parallel.share()]]
+    parts = zip(*parallel.exchange(own, len(scenes)), strict=True)
+    latents, boxes, landmarks = (torch.cat(part).to(painter.device) for part in parts)
     shape = (config.people, config.pictures)
     return PeoplePool(
-        torch.cat(latents).view(*shape, 4, 16, 16),
-        torch.cat(prompts).short().to(painter.device).view(*shape, -1),
-        torch.cat(boxes).view(*shape, 4),
-        torch.cat(landmarks).view(*shape, 5, 2),
+        latents.view(*shape, 4, 16, 16),
+        torch.cat(_speak_all(scenes, seed)).short().to(painter.device).view(*shape, -1),
+        boxes.view(*shape, 4),
+        landmarks.view(*shape, 5, 2),
         encoders.embed_people(people, config.photos, seed + 1),
     )
+
+
+def _encoded(painter: Painter, scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents, face boxes and landmarks, on the cpu."""
+    drawn = render(scene.to(painter.device))
+    latents = encode_images(painter.vae, drawn.images).half()
+    return latents.cpu(), drawn.boxes[:, 0].cpu(), drawn.landmarks[:, 0].cpu()
 
 
 def _pictures(identity: Tensor, count: int, generator: torch.Generator) -> Scene:
