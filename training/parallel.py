@@ -65,7 +65,7 @@ def first_one_first() -> Iterator[None]:
 
 
 def share() -> slice:
-    """Which of a list of parts this process makes, where each makes as many."""
+    """Which parts of a list this process makes: every `count()`-th, from its rank on."""
     return slice(rank(), None, count())
 
 
