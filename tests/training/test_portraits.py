@@ -139,6 +139,37 @@ def test_white_hair_parts_from_a_white_wall(style: str) -> None:
     assert (crown < wall - 0.2).all()
 
 
+FRONT = {"style": "photo", "pose": "front", "accessory": "none", "background": "green"}
+
+
+def colours_at(some: Scene, u: float, v: float) -> torch.Tensor:
+    """Of the pixel at (u, v), in half widths and half heights of the face: [B, 3]."""
+    who, pose = measure(some.identity[:, 0]), Pose.of(some, 0)
+    x, y = pose.to_picture(u * who.width[:, 0, 0], v * who.height[:, 0, 0])
+    images = render(some).images
+    return images[torch.arange(len(images)), :, y.round().long(), x.round().long()]
+
+
+def test_hair_is_of_one_colour_above_and_below() -> None:
+    looks = {"hair_colour": 0.75, "hair_length": 0.9, "hair_volume": 0.5, "beard": 0.0}
+    some = with_factor(scenes(8, fixed=FRONT), **looks)
+    above, below = colours_at(some, 0.55, -0.72), colours_at(some, 1.1, 0.7)
+    assert (below.mean(1) > 0.65 * above.mean(1)).all()
+
+
+def test_short_hair_does_not_go_on_along_the_jaw() -> None:
+    looks = {"hair_colour": 0.0, "hair_length": 0.4, "hair_volume": 0.9, "beard": 0.0}
+    some = with_factor(scenes(8, fixed=FRONT), **looks)
+    for side in (-0.82, 0.82):
+        assert (colours_at(some, side, 0.75).amax(1) > 0.3).all()  # the wall, and not black hair
+
+
+def test_a_beard_covers_the_chin() -> None:
+    looks = {"hair_colour": 0.0, "skin_tone": 0.0, "beard": 1.0, "face_length": 1.0}
+    some = with_factor(scenes(8, fixed=FRONT | {"expression": "neutral"}), **looks)
+    assert (colours_at(some, 0.0, 0.79).mean(1) < 0.4).all()
+
+
 def test_absent_people_have_no_truth() -> None:
     drawn = render(scenes(64, people="mixed"))
     absent = ~drawn.present

@@ -19,17 +19,25 @@ def draw_back_hair(canvas: Canvas, who: Anatomy, pose: Pose) -> Tensor:
     u, v = pose.head(canvas.x, canvas.y)
     u = u + 2.0 * pose.yaw
     spread = who.width + 2.2 + 6.0 * who.hair_volume
-    length = -6.0 + 62.0 * who.hair_length
-    dome = ellipse(u, v + 4, spread, who.height + 2 + 4 * who.hair_volume)
+    length = _length(who)
+    nape = 0.15 * who.height  # a dome that goes on along the jaw looks like a beard
+    dome = ellipse(u, v + 4, spread, who.height + 2 + 4 * who.hair_volume).maximum(v - nape)
     middle = (length - 6) / 2
     widening = spread * (0.93 + 0.1 * who.hair_volume)
     curtain = box(u, v - middle, widening, (length + 6).clamp(min=0) / 2, 5.0)
     distance, pixel = torch.minimum(dome, curtain), canvas.pixel * pose.scale
     long = who.hair_length > 0.06
     shape = cover(distance, pixel) * long
-    canvas.paint(shape, who.hair * 0.5)
+    canvas.paint(shape, who.hair * 0.8)
     canvas.paint(HAIR_LINE * cover(distance.abs() - 0.6, pixel) * long, who.hair * 0.25)
     return shape
+
+
+def _length(who: Anatomy) -> Tensor:
+    """How far down hair hangs: not to the chin's own height, where it looks like a beard."""
+    length = -6.0 + 62.0 * who.hair_length
+    long = length > 0.75 * who.height
+    return torch.where(long, length.maximum(who.height + 9.0), length.minimum(0.45 * who.height))
 
 
 def draw_neck(canvas: Canvas, who: Anatomy, pose: Pose) -> Tensor:
@@ -88,12 +96,16 @@ def _shaded_skin(u: Tensor, v: Tensor, who: Anatomy, pose: Pose) -> Tensor:
 
 
 def _beard(canvas: Canvas, u: Tensor, v: Tensor, face: Tensor, who: Anatomy, pose: Pose) -> None:
-    """Along the jaw only: on the cheeks and around the mouth it looks like dirt."""
+    """Along the jaw and over the whole chin: a strap alone looks like hair around the face, and
+    on the cheeks and around the mouth it looks like dirt.
+    """
     down = (v / who.height).clamp(0, 1)
     depth = face_distance(u, v, who, pose) + (2.0 + 1.5 * who.beard) * (1 + down)
     jaw = torch.minimum(soft(-depth, 1.5), soft(0.1 * who.height - v, 3.0))
+    beside = ((u - pose.turned(0.0)).abs() - who.mouth_width).clamp(min=0)
+    chin = soft(who.mouth_y + 4.0 + who.lips - 0.8 * beside - v, 1.5)
     strength = (6 * who.beard).clamp(max=0.9)
-    canvas.paint(face * jaw * strength, who.hair * 0.85)
+    canvas.paint(face * torch.maximum(jaw, chin) * strength, who.hair * 0.85)
 
 
 def draw_front_hair(canvas: Canvas, who: Anatomy, pose: Pose) -> Tensor:

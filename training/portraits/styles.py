@@ -66,7 +66,8 @@ def _black_and_white(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
 def _sketch(c: Canvas, light: Tensor, texture: Tensor) -> Tensor:
     """Lighter than the photo, and darkest where it is darker than around: eyes, brows and mouth."""
     grey = monochrome(c.image)
-    shade = 0.37 + 0.6 * grey + (grey - blur(grey[:, None], 4)[:, 0])
+    local = grey - blur(grey[:, None], 4)[:, 0]
+    shade = 0.37 + 0.6 * grey + local - (0.25 - grey).clamp(min=0)  # sunglasses stay dark
     hatch = torch.sin((c.x + c.y) * 1.5 + 6.28 * wide(texture[:, 6]))
     tone = (0.97 - shade).clamp(0, 1) * (1 + 0.04 * hatch)
     line = (_outline(grey) * 1.2 - 0.08).clamp(0, 0.7)

@@ -207,13 +207,17 @@ def _hat(c: Canvas, pose: Pose, who: Anatomy, colour: Tensor) -> Tensor:
 def _scarf(c: Canvas, pose: Pose, who: Anatomy, colour: Tensor) -> Tensor:
     u, v = pose.body(c.x, c.y)
     px = c.pixel * pose.scale
-    end = box(u - 9.5, v - 56.0, 6.0, 15.0, 1.5)
-    wrap = ellipse(u, v - 42.0, 19.0, 9.0)
+    end = box(u - 9.0, v - 58.0, 6.0, 15.0, 1.5)
+    sag = v - 41.0 - 0.008 * (18.0 - u.abs()).clamp(min=0) ** 2  # as cloth lies
+    wrap = box(u, sag, 18.0, 6.5, 4.5)
     stripes = torch.maximum(end + 0.6, torch.remainder(v - 57.0, 7.0) - 1.4)
-    for part in (end, wrap):  # a wrap without an end looks like a plate
+    folds = torch.maximum((torch.remainder(sag + 0.12 * u, 4.4) - 2.2).abs() - 0.5, wrap + 1.0)
+    for part in (end, wrap):  # a wrap without an end, or without folds, looks like a plate
         c.paint(cover(part, px), colour)
         if part is end:
             c.paint(cover(stripes, px), colour * 0.2 + 0.78)
+        else:
+            c.paint(0.6 * cover(folds, px), colour * 0.4)
         c.paint(0.85 * cover(part.abs() - 0.7, px), colour * 0.2)
     return cover(torch.minimum(end, wrap), px)
 
