@@ -103,6 +103,11 @@ def cover(distance: Tensor, pixel: Tensor | float) -> Tensor:
     return (0.5 - distance * pixel).clamp_(0, 1)
 
 
+def outline(distance: Tensor, half_width: float, pixel: Tensor | float) -> Tensor:
+    """As `cover`, of a line along the edge of a shape."""
+    return cover(distance.abs() - half_width, pixel)
+
+
 def soft(distance: Tensor, width: Tensor | float) -> Tensor:
     """As `cover`, with an edge `width` units wide: for shadows and blush."""
     return (0.5 - distance / width).clamp_(0, 1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .anatomy import Anatomy, Pose
-from .canvas import Canvas, box, cover, ellipse, soft
+from .canvas import Canvas, box, cover, ellipse, outline, soft
 
 #: strength of the line around hair: without it white hair fades into a bright background
 HAIR_LINE = 0.75
@@ -29,7 +29,7 @@ def draw_back_hair(canvas: Canvas, who: Anatomy, pose: Pose) -> Tensor:
     long = who.hair_length > 0.06
     shape = cover(distance, pixel) * long
     canvas.paint(shape, who.hair * 0.8)
-    canvas.paint(HAIR_LINE * cover(distance.abs() - 0.6, pixel) * long, who.hair * 0.25)
+    canvas.paint(HAIR_LINE * outline(distance, 0.6, pixel) * long, who.hair * 0.25)
     return shape
 
 
@@ -47,7 +47,7 @@ def draw_neck(canvas: Canvas, who: Anatomy, pose: Pose) -> Tensor:
     shape = cover(distance, pixel)
     shadow = 1 - 0.3 * soft(v - who.height - 5, 9.0)
     canvas.paint(shape, who.skin[:, :, None, None] * (0.92 * shadow).unsqueeze(1))
-    canvas.paint(SKIN_LINE * cover(distance.abs() - 0.6, pixel), who.skin * 0.45)
+    canvas.paint(SKIN_LINE * outline(distance, 0.6, pixel), who.skin * 0.45)
     return shape
 
 
@@ -62,7 +62,7 @@ def draw_face(canvas: Canvas, who: Anatomy, pose: Pose) -> Tensor:
     canvas.paint(face, _shaded_skin(u, v, who, pose))
     _beard(canvas, u, v, face, who, pose)
     jaw = soft(4.0 - v, 6.0)
-    canvas.paint(SKIN_LINE * jaw * cover(distance.abs() - 0.6, pixel), who.skin * 0.45)
+    canvas.paint(SKIN_LINE * jaw * outline(distance, 0.6, pixel), who.skin * 0.45)
     return torch.maximum(face, cover(ears, pixel))
 
 
@@ -120,7 +120,7 @@ def draw_front_hair(canvas: Canvas, who: Anatomy, pose: Pose) -> Tensor:
     pixel = canvas.pixel * pose.scale
     shape = cover(distance, pixel)
     canvas.paint(shape, _strands(u, v, who))
-    canvas.paint(HAIR_LINE * cover(distance.abs() - 0.6, pixel), who.hair * 0.25)
+    canvas.paint(HAIR_LINE * outline(distance, 0.6, pixel), who.hair * 0.25)
     return shape
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .anatomy import Anatomy, Pose
-from .canvas import Canvas, box, choose, circle, cover, ellipse, soft, wide
+from .canvas import Canvas, box, choose, circle, cover, ellipse, outline, soft, wide
 from .vocabulary import ACCESSORIES, CLOTHES
 
 CLOTH_COLOURS = (
@@ -46,7 +46,7 @@ def draw_body(canvas: Canvas, who: Anatomy, pose: Pose, kind: Tensor, colour: Te
         wide(kind == _KIND["sweater"])[:, None], _striped(surface, v, cloth), surface
     )
     canvas.paint(shape, surface)
-    canvas.paint(0.5 * cover(torso.abs() - 0.5, canvas.pixel * pose.scale), cloth * 0.4)
+    canvas.paint(0.5 * outline(torso, 0.5, canvas.pixel * pose.scale), cloth * 0.4)
     return shape
 
 
@@ -88,7 +88,7 @@ def _shirt(c: Canvas, u: Tensor, v: Tensor, px: Tensor, cloth: Tensor, who: Anat
         (u.abs() - 8.5).abs() - 5.0 + 0.22 * (v - 40), (v - 47.0 + 0.5 * u.abs() - 4).abs() - 5.5
     )
     c.paint(cover(flap, px), (cloth * 1.12).clamp(0, 1))
-    c.paint(0.55 * cover(flap.abs() - 0.45, px), cloth * 0.5)
+    c.paint(0.55 * outline(flap, 0.45, px), cloth * 0.5)
     line = torch.maximum(u.abs() - 0.5, 56.0 - v)
     c.paint(0.6 * cover(line, px), cloth * 0.55)
     buttons = circle(u, torch.remainder(v - 60, 9.0) - 4.5, 1.1).maximum(58.0 - v)
@@ -102,7 +102,7 @@ def _hoodie(c: Canvas, u: Tensor, v: Tensor, px: Tensor, cloth: Tensor, who: Ana
     hood = ellipse(u, v - 41.0, 21.0, 9.5)
     hood = torch.maximum(hood, -ellipse(u, v - 37.5, 12.5, 7.5)).maximum(37.0 - v)
     c.paint(cover(hood, px), cloth * 0.8)
-    c.paint(0.5 * cover(hood.abs() - 0.5, px), cloth * 0.45)
+    c.paint(0.5 * outline(hood, 0.5, px), cloth * 0.45)
     for side in (-1.0, 1.0):
         string = torch.maximum((u - side * 6.5).abs() - 0.8, (v - 58.0).abs() - 9.0)
         c.paint(
@@ -200,7 +200,7 @@ def _hat(c: Canvas, pose: Pose, who: Anatomy, colour: Tensor) -> Tensor:
     c.paint(cover(band, px), colour * 0.3 + 0.6)  # a light ribbon: black hats are seen at night
     c.paint(cover(brim, px), colour * 0.85)
     hat = torch.minimum(crown, brim)
-    c.paint(0.8 * cover(hat.abs() - 0.6, px), colour * 0.25)
+    c.paint(0.8 * outline(hat, 0.6, px), colour * 0.25)
     return cover(hat, px)
 
 
@@ -218,7 +218,7 @@ def _scarf(c: Canvas, pose: Pose, who: Anatomy, colour: Tensor) -> Tensor:
             c.paint(cover(stripes, px), colour * 0.2 + 0.78)
         else:
             c.paint(0.6 * cover(folds, px), colour * 0.4)
-        c.paint(0.85 * cover(part.abs() - 0.7, px), colour * 0.2)
+        c.paint(0.85 * outline(part, 0.7, px), colour * 0.2)
     return cover(torch.minimum(end, wrap), px)
 
 
@@ -242,5 +242,5 @@ def _earrings(c: Canvas, pose: Pose, who: Anatomy, colour: Tensor) -> Tensor:
     drops = circle(u.abs() - who.width - 1.2, v - 11.5, 4.6)
     shape = cover(drops, px)
     c.paint(shape, gold)
-    c.paint(0.8 * cover(drops.abs() - 0.5, px), gold * 0.35)
+    c.paint(0.8 * outline(drops, 0.5, px), gold * 0.35)
     return shape
