@@ -101,7 +101,7 @@ def test_real_face_analysis_finds_what_the_torch_detector_finds(
         truth = examples["boxes"][i][examples["present"][i]]
         hits = training.box_iou(boxes, truth)
         assert (hits.max(0).values > 0.5).all()  # every face is found
-        on_face = hits.max(1).values > 0.5  # beside faces, six pictures leave boxes at the threshold
+        on_face = hits.max(1).values > 0.5  # others are at the threshold
         boxes, points = boxes[on_face], points[on_face]
         faces = encoder.faces(picture)
         found = torch.from_numpy(np.stack([face.box for face in faces]))

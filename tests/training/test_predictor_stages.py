@@ -12,6 +12,7 @@ from difflora_core.errors import LayoutMismatch
 from difflora_core.image_encoder import ImageEncoder
 from difflora_core.predictor import Predictor
 from tests.training.tiny_world import write_world
+from training import parallel
 from training.__main__ import open_run
 from training.artifacts import artifact, artifacts_folder, read_manifest
 from training.base.painter import Painter
@@ -20,7 +21,14 @@ from training.encoders.face_pack import face_encoder_name
 from training.loras.collect import LoraSet, write_set
 from training.loras.stage import lora_space
 from training.portraits import identities
-from training.predictor import autoencoder_stage, calibrate, dit_stage, finetune_stage
+from training.predictor import (
+    autoencoder_stage,
+    calibrate,
+    conditions,
+    dit_stage,
+    finetune_stage,
+    people_pool,
+)
 from training.predictor.bundle import save_bundle
 from training.predictor.conditions import PhotoEncoders, sample_photos
 from training.predictor.people_pool import build_people_pool
@@ -117,6 +125,33 @@ def test_end_to_end_refuses_a_start_from_another_image_encoder(config: Config) -
     encoder.save(path, overwrite=True)
     with pytest.raises(LayoutMismatch, match=r"learnt to read the tiny; .* tiny, trained again"):
         finetune_stage.starting_predictor(config, pool)
+
+
+def test_processes_make_parts_of_what_one_makes_of_its_people(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(people_pool, "_CHUNK", 2)  # of five people: three parts
+    monkeypatch.setattr(conditions, "_CHUNK", 4)  # of ten photos: three parts
+    painter, encoders = Painter.open(config), PhotoEncoders(config)
+    settings = dataclasses.replace(config.predictor.finetune, people=5)
+    whole: list[list[tuple[torch.Tensor, ...]]] = []
+    monkeypatch.setattr(parallel, "exchange", lambda own, number: whole.append(own) or own)
+    build_people_pool(painter, encoders, settings, 0)
+    assert [len(parts) for parts in whole] == [3, 3]  # pictures and photos
+    for rank in range(2):
+        share, remaining = slice(rank, None, 2), list(whole)
+
+        def compared(own, number, share=share, remaining=remaining):
+            parts = remaining.pop(0)
+            assert number == 3 and len(own) == len(parts[share])
+            for mine, expected in zip(own, parts[share], strict=True):
+                assert all(map(torch.equal, mine, expected))
+            return parts
+
+        monkeypatch.setattr(parallel, "share", lambda share=share: share)
+        monkeypatch.setattr(parallel, "exchange", compared)
+        build_people_pool(painter, encoders, settings, 0)
+        assert not remaining
 
 
 def test_end_to_end_gradients_reach_every_part(config: Config) -> None:

@@ -13,9 +13,10 @@ from torch import Tensor
 from difflora_core.image_encoder import ImageEncoder
 from difflora_core.recogniser import Recogniser
 
+from .. import parallel
 from ..artifacts import artifact
 from ..config import Config
-from ..portraits import Portraits, Scene, render, sample_scenes
+from ..portraits import Scene, render, sample_scenes
 
 #: standard deviation of a detector's landmark error, in pixels of a 128 px picture
 LANDMARK_ERROR = 0.7
@@ -45,23 +46,38 @@ class PhotoEncoders:
         self.image_encoder = ImageEncoder.open(artifact(config, "image_encoder")).to(self.device)
 
     @torch.no_grad()
-    def embed(self, drawn: Portraits, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Face and image embeddings of the first person of each picture."""
-        points = drawn.landmarks[:, 0]
-        error = torch.randn(points.shape, generator=generator) * LANDMARK_ERROR
-        face = self.recogniser.embed(drawn.images, points + error.to(points.device))
-        return face, self.image_encoder.encode(drawn.images)[0]
+    def embed(self, scene: Scene, error: Tensor) -> tuple[Tensor, Tensor]:
+        """Face and image embeddings of the first person of each picture, on the cpu.
 
-    def embed_people(self, identity: Tensor, photos: int, seed: int) -> Embeddings:
-        """`photos` random photos of each person, identity [N, 20]."""
+        `error` [B, 5, 2]: by how much landmarks are off, in pixels.
+        """
+        drawn = render(scene.to(self.device))
+        points = drawn.landmarks[:, 0] + error.to(self.device)
+        face = self.recogniser.embed(drawn.images, points)
+        return face.cpu(), self.image_encoder.encode(drawn.images)[0].cpu()
+
+    def embed_people(
+        self, identity: Tensor, photos: int, seed: int, together: bool = False
+    ) -> Embeddings:
+        """`photos` random photos of each person, identity [N, 20].
+
+        `together`: every process calls this, embeds its share of the photos and gets all.
+        """
         generator = torch.Generator().manual_seed(seed)
-        faces, images = [], []
-        for few in identity.cpu().split(max(1, _CHUNK // photos)):
-            scene = sample_photos(few.repeat_interleave(photos, 0), generator)
-            face, image = self.embed(render(scene.to(self.device)), generator)
-            faces.append(face.view(len(few), photos, -1))
-            images.append(image.view(len(few), photos, -1))
-        return Embeddings(torch.cat(faces), torch.cat(images))
+        groups = identity.cpu().split(max(1, _CHUNK // photos))
+        drafts = [_draft(few.repeat_interleave(photos, 0), generator) for few in groups]
+        share = parallel.share() if together else slice(None)
+        parts = [self.embed(*draft) for draft in drafts[share]]
+        if together:
+            parts = parallel.exchange(parts, len(drafts))
+        face, image = (torch.cat(part).to(self.device) for part in zip(*parts, strict=True))
+        return Embeddings(*(rows.view(len(identity), photos, -1) for rows in (face, image)))
+
+
+def _draft(identity: Tensor, generator: torch.Generator) -> tuple[Scene, Tensor]:
+    """A photo of each person that is not drawn yet, and its landmarks' errors."""
+    scene = sample_photos(identity, generator)
+    return scene, torch.randn(len(identity), 5, 2, generator=generator) * LANDMARK_ERROR
 
 
 def sample_photos(identity: Tensor, generator: torch.Generator) -> Scene:

@@ -47,21 +47,26 @@ def build_people_pool(
 ) -> PeoplePool:
     """Draw and encode everything once, on the device.
 
-    Every process of a training must call this (see `parallel`): each encodes some of the pictures.
+    Every process of a training must call this (see `parallel`): each makes a part.
     """
     people = identities(torch.arange(config.first, config.first + config.people))
     generator = torch.Generator().manual_seed(seed)
     scenes = [_pictures(few, config.pictures, generator) for few in people.split(_CHUNK)]
-    own = [_encoded(painter, scene) for scene in scenes[parallel.share()]]
+    share = parallel.share()
+    prompts = _speak_all(scenes[share], range(seed, seed + len(scenes))[share])
+    own = [
+        (*_encoded(painter, scene), spoken)
+        for scene, spoken in zip(scenes[share], prompts, strict=True)
+    ]
     parts = zip(*parallel.exchange(own, len(scenes)), strict=True)
-    latents, boxes, landmarks = (torch.cat(part).to(painter.device) for part in parts)
+    latents, boxes, landmarks, words = (torch.cat(part).to(painter.device) for part in parts)
     shape = (config.people, config.pictures)
     return PeoplePool(
         latents.view(*shape, 4, 16, 16),
-        torch.cat(_speak_all(scenes, seed)).short().to(painter.device).view(*shape, -1),
+        words.short().view(*shape, -1),
         boxes.view(*shape, 4),
         landmarks.view(*shape, 5, 2),
-        encoders.embed_people(people, config.photos, seed + 1),
+        encoders.embed_people(people, config.photos, seed + 1, together=True),
     )
 
 
@@ -78,13 +83,13 @@ def _pictures(identity: Tensor, count: int, generator: torch.Generator) -> Scene
     return sample_scenes(len(each), generator, identity=each)
 
 
-def _speak_all(scenes: list[Scene], seed: int) -> list[Tensor]:
+def _speak_all(scenes: list[Scene], seeds: range) -> list[Tensor]:
     if sum(len(scene) for scene in scenes) < _PARALLEL_FROM:
-        return [_speak(scene, seed + i) for i, scene in enumerate(scenes)]
+        return [_speak(scene, seed) for scene, seed in zip(scenes, seeds, strict=True)]
     # spawn: a process that has touched a GPU must not fork
     context, count = get_context("spawn"), max(1, (os.cpu_count() or 2) - 2)
     with ProcessPoolExecutor(count, context) as workers:
-        return list(workers.map(_speak, scenes, range(seed, seed + len(scenes))))
+        return list(workers.map(_speak, scenes, seeds))
 
 
 def _speak(scene: Scene, seed: int) -> Tensor:
