@@ -20,6 +20,7 @@ from .weights_file import header_json, read_safetensors, write_safetensors
 
 LEAST_QUALITY = 0.05  # so that no photo loses its say by one measure alone
 ODD_ONE_OUT = 0.3  # a photo this far (cosine) below the median agreement shows somebody else
+STRANGERS = 0.2  # two photos below this cosine: recognisers accept from 0.3 or more on
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,8 @@ def fuse(
 
     face [P, Ef] or None, image [P, Ei] or None, detection [P] in 0..1, sharpness [P] > 0 in any
     unit. A photo weighs detection * sharpness^0.5 * agreement; from three photos on, one that shows
-    somebody else (its face agrees far less than the median photo) is left out.
+    somebody else (its face agrees far less than the median photo) is left out. Of two that disagree
+    nobody knows which is wrong, so both are kept, with a note.
     """
     count = len(detection)
     agreement = torch.ones(count) if face is None else agreements(face)
@@ -187,11 +189,19 @@ def fuse(
             agreement=float(agreement[k]),
             weight=float(weights[k]),
             used=not odd[k],
-            note="left out: looks like another person than the other photos" if odd[k] else "",
+            note=_remark(float(agreement[k]), count, left_out=bool(odd[k])),
         )
         for k in range(count)
     )
     return Features(face, image, weights, face_encoder, image_encoder, notes)
+
+
+def _remark(agreement: float, count: int, *, left_out: bool) -> str:
+    if left_out:
+        return "left out: looks like another person than the other photos"
+    if count == 2 and agreement < STRANGERS:
+        return "looks like another person than the other photo; both are used"
+    return ""
 
 
 def agreements(face: Tensor) -> Tensor:

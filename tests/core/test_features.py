@@ -64,9 +64,11 @@ def test_another_person_is_left_out_and_named():
     assert float(features.fused_face() @ clean) > 0.98
 
 
-def test_two_disagreeing_photos_are_both_kept():
+def test_two_disagreeing_photos_are_both_kept_and_named():
     face = torch.cat([photos_of_one_person(1), -photos_of_one_person(1, 2)])
-    assert all(p.used for p in fused(face).photos)
+    photos = fused(face).photos
+    assert all(p.used and "another person" in p.note for p in photos)
+    assert not any(p.note for p in fused(photos_of_one_person(2)).photos)
 
 
 def test_saved_features_come_back(tmp_path):
