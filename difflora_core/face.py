@@ -290,7 +290,7 @@ def _check_providers(providers: Sequence[str]) -> None:
     if missing:
         raise DiffLoRAError(
             f"ONNX Runtime has no {missing[0]} here; it has {', '.join(available)}.",
-            hint="Choose CPUExecutionProvider, or install the onnxruntime build for your GPU.",
+            hint="Choose the CPU, or install the onnxruntime build for your GPU.",
         )
 
 

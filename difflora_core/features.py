@@ -106,7 +106,7 @@ class Features:
             if rows is not None and mine and expected and mine != expected:
                 raise LayoutMismatch(
                     f"The {what} embedding comes from {mine}; the predictor knows {expected}.",
-                    hint=f"Load the {what} encoder {expected} and encode the photos with it.",
+                    hint=f"Load the {what} encoder that it was trained with, and encode again.",
                 )
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:

@@ -174,13 +174,18 @@ def needs_base(keys: Iterable[str]) -> tuple[str, str] | None:
     return next(((family, key) for family, key in found if key), None)
 
 
-def refuse_without_base(keys: Iterable[str]) -> None:
-    """Raises BadLoraFile for kinds that mean nothing without the weights of the base model."""
+def refuse_without_base(keys: Iterable[str], *, can_extract: bool) -> None:
+    """Raises BadLoraFile for kinds that mean nothing without the weights of the base model.
+
+    can_extract: `extract` knows the base model, so it is what to do.
+    """
     found = needs_base(keys)
     if found:
         raise BadLoraFile(
             f"This file holds {found[0]} (key {found[1]}), which is no sum of factors: what it "
             "adds depends on the weights of the base model.",
             hint="Make a plain LoRA of it first: python -m difflora_core extract --lora FILE "
-            "--base CHECKPOINT --out F",
+            "--base CHECKPOINT --out F"
+            if can_extract
+            else "Use a plain LoRA of the same subject.",
         )

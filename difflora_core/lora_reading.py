@@ -169,7 +169,7 @@ def _sorted(
         refuse_other_model(other)
     refuse_unreadable(keys)
     if not on_base:
-        refuse_without_base(source)
+        refuse_without_base(source, can_extract=other is None)
     groups, styles = group_parts(source, warnings, names_by_index(source))
     layout = _layout(styles, groups)
     table = None if other else recognise(groups, claimed, warnings, or_none=any_model)

@@ -93,7 +93,7 @@ def finite_tensors(lora: Lora, dtype: torch.dtype) -> Iterator[tuple[str, Tensor
         if not is_finite(tensor):
             raise BadWeightsFile(
                 f"{key} is not finite in {str(dtype).removeprefix('torch.')}.",
-                hint="Values too big for 16 bits can be saved as float32."
+                hint="Values too big for 16 bits can be saved as fp32."
                 if dtype.itemsize < 4
                 else "",
             )

@@ -70,8 +70,8 @@ class EncodeFaceFeatures(io.ComfyNode):
                 io.String.Input(
                     "weights",
                     default="",
-                    tooltip="How much each photo counts, such as 1, 0.5. Empty: by how "
-                    "clear each face is.",
+                    tooltip="Multiplies how much each photo counts by how clear its face is, such "
+                    "as 1, 0.5. Missing ones are 1, and 0 leaves a photo out.",
                 ),
             ],
             outputs=[

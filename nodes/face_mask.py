@@ -60,7 +60,7 @@ class FaceMask(io.ComfyNode):
         grow: float,
         feather: float,
     ) -> io.NodeOutput:
-        pictures = host.to_pixels([images])
+        pictures = host.to_pixels([images], "Picture")
         found = find_all(pictures, FaceEncoder.wrap(face_encoder))
         choice = ALL if face == ALL else face_choice(face, face_number)
         masks = []

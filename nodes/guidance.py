@@ -67,7 +67,7 @@ class MaskAwareGuidance(io.ComfyNode):
     ) -> io.NodeOutput:
         check_person(features, reference is not None)
         faces = guiding_faces(face_encoder, features, mask)
-        pictures = [] if reference is None else host.to_pixels([reference])
+        pictures = [] if reference is None else host.to_pixels([reference], "Reference picture")
         wanted = reference_embeddings(faces.network, faces.name, features, pictures, faces.finder)
         settings = GuidanceSettings(
             strength,
@@ -188,7 +188,8 @@ def care_inputs() -> list[io.Input]:
             options=[FAST, FULL],
             default=FAST,
             tooltip="What turns latents into the face that is judged: TAESD from models/vae_approx "
-            "takes a fraction of the time and memory; the VAE sees more exactly.",
+            "(.safetensors, not .pth) takes a fraction of the time and memory; the VAE sees more "
+            "exactly.",
         ),
         io.Combo.Input(
             "when_lost",

@@ -39,7 +39,8 @@ class GuidanceReport(io.ComfyNode):
                     display_name="curve", tooltip="The loss at each guided step: 1 - cosine."
                 ),
                 io.Image.Output(
-                    display_name="faces", tooltip="The faces at each guided step, before it."
+                    display_name="faces",
+                    tooltip="The faces before a guided step: up to twelve steps.",
                 ),
                 io.String.Output(
                     display_name="report", tooltip="All steps in numbers, with the time it took."

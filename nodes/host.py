@@ -126,21 +126,24 @@ def progress(total: int) -> Callable[[int, int], None]:
     return step
 
 
-def to_pixels(images: Sequence[Tensor]) -> list[Pixels]:
-    """IMAGE batches [B, H, W, C] in 0..1 -> uint8 pictures. Errors: BadImage naming the picture."""
+def to_pixels(images: Sequence[Tensor], what: str = "Photo") -> list[Pixels]:
+    """IMAGE batches [B, H, W, C] in 0..1 -> uint8 pictures.
+
+    `what` a user calls one of them. Errors: BadImage with it and the number, from 1.
+    """
     pictures = [picture for batch in images for picture in batch]
     if not pictures:
         raise BadImage(
             "There is no picture in the batch.", hint="Connect at least one picture to this node."
         )
-    return [_pixels(picture, number) for number, picture in enumerate(pictures, start=1)]
+    return [_pixels(picture, f"{what} {k}") for k, picture in enumerate(pictures, start=1)]
 
 
-def _pixels(picture: Tensor, number: int) -> Pixels:
+def _pixels(picture: Tensor, name: str) -> Pixels:
     try:
         return load_photo(picture)
     except BadImage as error:
-        raise BadImage(f"Photo {number}: {error.message}", hint=error.hint) from error
+        raise BadImage(f"{name}: {error.message}", hint=error.hint) from error
 
 
 def to_images(pictures: Iterable[Pixels]) -> Tensor:

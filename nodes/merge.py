@@ -9,6 +9,7 @@ import numpy as np
 from comfy_api.latest import io, ui
 from torch import Tensor
 
+from ..difflora_core.errors import BadConfig
 from ..difflora_core.merge_options import blocks_for, weights_for
 from ..difflora_core.merge_reports import (
     describe_compared,
@@ -36,11 +37,20 @@ EXACT = "exact"
 SIZES = {
     EXACT: lambda _amount: RankRule(),
     "rank": lambda amount: RankRule(rank=round(amount)),
-    "energy %": lambda amount: RankRule(energy=amount / 100),
-    "error %": lambda amount: RankRule(error=amount / 100),
+    "energy %": lambda amount: RankRule(energy=_share("An energy", amount, 0.1)),
+    "error %": lambda amount: RankRule(error=_share("An error", amount, 0.0)),
     "megabytes": lambda amount: RankRule(megabytes=amount),
 }
 AS_GIVEN = 0
+
+
+def _share(what: str, percent: float, least: float) -> float:
+    """Percent, which is what the widget holds, as a share. Errors: BadConfig in percent."""
+    if not least <= percent <= 100:
+        raise BadConfig(
+            f"{what} of {percent:g} % is impossible.", hint=f"Expected {least:g} to 100."
+        )
+    return percent / 100
 
 
 def size_inputs(default: str, amount: float) -> list[io.Input]:

@@ -75,7 +75,8 @@ class Personalize(io.ComfyNode):
                 seed_input(),
                 *face_choice_inputs(),
                 sockets.face_encoder_input(
-                    "Only to replace the face encoder that the predictor names.", optional=True
+                    "The face encoder that the predictor names, from another loader or on CUDA.",
+                    optional=True,
                 ),
             ],
             outputs=[

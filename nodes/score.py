@@ -80,7 +80,7 @@ class Likeness(io.ComfyNode):
     ) -> io.NodeOutput:
         encoder = FaceEncoder.wrap(face_encoder)
         found = measure(
-            host.to_pixels([pictures]),
+            host.to_pixels([pictures], "Picture"),
             host.to_pixels([photos]),
             encoder,
             _judge(encoder),

@@ -191,7 +191,7 @@ class Job:
         raise BadLoraFile(
             f"The result for {name} is not finite in "
             f"{str(self.settings.dtype).removeprefix('torch.')}.",
-            hint="Smaller weights help; what is too big for 16 bits may fit into float32.",
+            hint="Smaller weights help; what is too big for 16 bits may fit into fp32.",
         )
 
 

@@ -112,3 +112,14 @@ def test_lora_of_another_part_or_model(tmp_path):
     other = dora_tensors("lora_unet_mid_block_attentions_0_proj_in", 1280, 1280)
     with pytest.raises(LayoutMismatch, match=r"does not fit base\.safetensors, which is of mini"):
         LoraOnCheckpoint.open(write(tmp_path / "dora.safetensors", other), base)
+
+
+def test_only_models_that_extract_knows_are_sent_to_it(tmp_path):
+    ours = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    hints = {}
+    for module in (ours, "lora_unet_double_blocks_0_img_attn_qkv"):
+        lora = write(tmp_path / "dora.safetensors", dora_tensors(module, 64, 64))
+        with pytest.raises(BadLoraFile, match="depends on the weights of the base") as caught:
+            open_lora(lora, any_model=True)
+        hints[module] = caught.value.hint
+    assert [("extract --lora" in hint) for hint in hints.values()] == [True, False]

@@ -200,7 +200,7 @@ def test_resize_and_compare(host: Host, world: Path) -> None:
     [
         ({"weights": "1, 2, 3"}, "3 weights were given for 2 LoRAs"),
         ({"weights": "much"}, "'much' is no list of numbers"),
-        ({"size": "energy %", "amount": 300.0}, "energy 3.0 is impossible"),
+        ({"size": "energy %", "amount": 300.0}, "energy of 300 % is impossible"),
         ({"blocks": "unet.mid_block=1"}, "for 1 of 2 LoRAs"),
     ],
 )
