@@ -6,6 +6,7 @@ downloaded: the packs are the user's own files (or the drawn-world pack that shi
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -104,6 +105,7 @@ class FaceEncoder:
         """
         folder = find_pack(Path(root), name)
         analysis_class = _insightface().FaceAnalysis
+        _check_path(folder)
         _check_providers(providers)
         try:
             analysis = analysis_class(
@@ -282,6 +284,15 @@ def _unreadable(folder: Path, error: Exception) -> BadWeightsFile:
         f"The face pack in {folder} cannot be read: {reason}.",
         hint="A file is damaged, or a Git LFS pointer in its place: download the pack again.",
     )
+
+
+def _check_path(folder: Path) -> None:
+    """InsightFace searches the folder by a pattern that begins with its path, as it is."""
+    if glob.escape(str(folder)) != str(folder):
+        raise BadWeightsFile(
+            f"InsightFace finds no files in {folder}, since its path holds *, ?, [ or ].",
+            hint="Rename the folder, or put the pack into another one.",
+        )
 
 
 def _check_providers(providers: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor
 
 from .errors import BadLoraFile
@@ -19,7 +20,7 @@ def scale_from_alpha(name: str, alpha: Tensor, rank: int) -> float:
     A stored 0 means no effect, as in ComfyUI. Raises BadLoraFile for anything else.
     """
     value = float(alpha.double()) if alpha.numel() == 1 else math.nan
-    if not math.isfinite(value):
+    if not abs(value) <= torch.finfo(torch.float32).max:  # nor where it is no number
         raise BadLoraFile(
             f"The alpha of {name} is not one finite number: shape {list(alpha.shape)}.",
             hint="Save the LoRA again, with alpha in float32.",

@@ -20,6 +20,7 @@ from .diffusion import Diffusion
 from .dit import Dit
 from .errors import BadConfig, BadWeightsFile, LayoutMismatch
 from .features import Features
+from .key_names import BASES
 from .lora import Lora
 from .mif import Condition, MixedImageFeatures
 from .normalise import Standardise
@@ -226,6 +227,8 @@ class Predictor(nn.Module):
             )
         with expecting(path, "a predictor that this version can read", OTHER_VERSION):
             config = from_dict(PredictorConfig, header_json(path, header, "config"))
+            if config.space.base not in BASES:
+                raise BadConfig(f"its base model is {config.space.base!r}")
             with torch.device("meta"):  # without memory or time for initial weights
                 predictor = cls(config)
         check_keys(path.name, tensors, predictor.state_dict())

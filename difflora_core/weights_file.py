@@ -146,9 +146,14 @@ def write_lora(
     )
 
 
+def peft_config(path: Path) -> Path:
+    """Where PEFT keeps the configuration of a file."""
+    return path.with_name("adapter_config.json")
+
+
 def adapter_config(path: Path, tensors: TensorSource) -> dict | None:
     """PEFT's configuration beside its file: the only place where it keeps alpha."""
-    beside = path.with_name("adapter_config.json")
+    beside = peft_config(path)
     if not beside.is_file() or not any(key.startswith("base_model.model.") for key in tensors):
         return None
     try:

@@ -211,8 +211,16 @@ def numbered_path(folder: Path, prefix: str) -> Path:
         raise BadWeightsFile(
             f"{prefix!r} leads out of the folder {folder.name}.", hint="Type a name inside of it."
         )
-    with refusals(target, BadWeightsFile):
-        place, name, counter, _subfolder, _prefix = folder_paths.get_save_image_path(
-            prefix.rstrip("/\\"), str(folder)
-        )
+    try:
+        with refusals(target, BadWeightsFile):
+            place, name, counter, _subfolder, _prefix = folder_paths.get_save_image_path(
+                prefix.rstrip("/\\"), str(folder)
+            )
+    except DiffLoRAError:
+        raise
+    except Exception as error:  # ComfyUI's own has no narrower class
+        raise BadWeightsFile(
+            f"ComfyUI saves nothing under {prefix!r}: by a link it leads out of {folder.name}.",
+            hint="Type a name inside of the folder.",
+        ) from error
     return Path(place) / f"{name}_{counter:05}_.safetensors"

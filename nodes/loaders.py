@@ -33,6 +33,14 @@ def face_pack_state(pack: str) -> str:
     return "".join(host.file_state(path) for path in sorted(folder.glob("*.onnx")))
 
 
+def encoders_state() -> str:
+    """Changes when any file does that a predictor may name as an encoder."""
+    folders = [root / "models" for root in host.insightface_roots()]
+    packs = sorted(path for folder in folders for path in folder.glob("*/**/*.onnx"))
+    images = [host.model_path(name, IMAGE_ENCODER_FILE) for name in host.model_files()]
+    return "".join(map(host.file_state, [*packs, *images]))
+
+
 def open_face_encoder(pack: str, provider: str = "CPU") -> FaceEncoder:
     """The face pack of that name, from the first of ComfyUI's folders that holds it."""
     return FaceEncoder.open(face_pack_root(pack), pack, (PROVIDERS[provider],))

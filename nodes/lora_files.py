@@ -9,7 +9,7 @@ from comfy_api.latest import io, ui
 from torch import Tensor
 
 from ..difflora_core.header import LoraHeader
-from ..difflora_core.weights_file import identified, open_lora, write_lora
+from ..difflora_core.weights_file import identified, open_lora, peft_config, write_lora
 from . import host, lora_models, sockets
 from .lora_models import PRECISIONS
 from .sockets import CATEGORY
@@ -46,7 +46,8 @@ class LoadLoraFile(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str) -> str:
-        return host.file_state(host.listed_path("loras", file))
+        path = host.listed_path("loras", file)
+        return host.file_state(path) + host.file_state(peft_config(path))  # alpha stands there
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:

@@ -62,10 +62,11 @@ class Personalize(io.ComfyNode):
             category=CATEGORY,
             description="Photos in, a model that knows the person out: encodes the photos, "
             "predicts the LoRA and applies it, all in one node.",
+            is_input_list=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model that the predictor was trained for."),
                 io.Clip.Input("clip", tooltip="Its text encoder."),
-                io.Image.Input("photos", tooltip="One or several photos of one person."),
+                io.Image.Input("photos", tooltip="Photos of one person: a batch, or a list."),
                 io.Combo.Input(
                     "predictor",
                     options=host.model_files(),
@@ -94,30 +95,32 @@ class Personalize(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, predictor: str, **_inputs: Any) -> str:
-        return host.file_state(host.model_path(predictor, loaders.PREDICTOR_FILE))
+    def fingerprint_inputs(cls, predictor: list[str], **_inputs: Any) -> str:
+        path = host.model_path(predictor[0], loaders.PREDICTOR_FILE)
+        return host.file_state(path) + loaders.encoders_state()
 
     @classmethod
     def execute(
         cls,
-        model: Any,
-        clip: Any,
-        photos: Tensor,
-        predictor: str,
-        strength: float,
-        seed: int,
-        face: str,
-        face_number: int,
-        face_encoder: Any = None,
+        model: list[Any],
+        clip: list[Any],
+        photos: list[Tensor],
+        predictor: list[str],
+        strength: list[float],
+        seed: list[int],
+        face: list[str],
+        face_number: list[int],
+        face_encoder: list[Any] | None = None,
     ) -> io.NodeOutput:
-        path = host.model_path(predictor, loaders.PREDICTOR_FILE)
+        path = host.model_path(predictor[0], loaders.PREDICTOR_FILE)
         patcher = host.hosted(lambda: Predictor.open(path))
-        choice = face_choice(face, face_number)
-        features = encode_for(patcher.model.model, [photos], choice, face_encoder)
-        lora, report = predict(patcher, features, strength=strength, seed=seed)
-        host.check_fits(lora, model)
-        model, clip = comfy.sd.load_lora_for_models(model, clip, lora, 1.0, 1.0)
-        return io.NodeOutput(model, clip, lora, report)
+        choice = face_choice(face[0], face_number[0])
+        faces = face_encoder[0] if face_encoder else None
+        features = encode_for(patcher.model.model, photos, choice, faces)
+        lora, report = predict(patcher, features, strength=strength[0], seed=seed[0])
+        host.check_fits(lora, model[0])
+        personal = comfy.sd.load_lora_for_models(model[0], clip[0], lora, 1.0, 1.0)
+        return io.NodeOutput(*personal, lora, report)
 
 
 NODES = [Personalize]

@@ -39,6 +39,15 @@ def _report(found: Sequence[Measured]) -> str:
     return "\n".join([*map(_line, found), f"mean: {mean:.0f} %"])
 
 
+def _taken(batches: Sequence[Tensor], places: Sequence[int]) -> Tensor:
+    """One IMAGE of the pictures at `places`; those of other sizes get a black border."""
+    pictures = [picture for batch in batches for picture in batch]
+    taken = [pictures[place] for place in places]
+    if len({picture.shape for picture in taken}) == 1:
+        return torch.stack(taken)
+    return host.to_images(host.to_pixels([picture[None] for picture in taken]))
+
+
 class Likeness(io.ComfyNode):
     """IMAGE, photos, FACEANALYSIS -> the most similar pictures and their percentage."""
 
@@ -51,9 +60,10 @@ class Likeness(io.ComfyNode):
             description="Says in percent how sure one can be that pictures show the person of the "
             "photos, and picks the most similar ones.",
             is_output_node=True,
+            is_input_list=True,
             inputs=[
-                io.Image.Input("pictures", tooltip="The pictures to judge."),
-                io.Image.Input("photos", tooltip="Photos of the person."),
+                io.Image.Input("pictures", tooltip="The pictures to judge: a batch, or a list."),
+                io.Image.Input("photos", tooltip="Photos of the person: a batch, or a list."),
                 sockets.face_encoder_input(
                     "From Load Face Encoder, or the InsightFace loader of another pack."
                 ),
@@ -76,18 +86,23 @@ class Likeness(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, pictures: Tensor, photos: Tensor, face_encoder: Any, keep: int
+        cls,
+        pictures: list[Tensor],
+        photos: list[Tensor],
+        face_encoder: list[Any],
+        keep: list[int],
     ) -> io.NodeOutput:
-        encoder = FaceEncoder.wrap(face_encoder)
+        encoder = FaceEncoder.wrap(face_encoder[0])
+        judged = host.to_pixels(pictures, "Picture")
         found = measure(
-            host.to_pixels([pictures], "Picture"),
-            host.to_pixels([photos]),
+            judged,
+            host.to_pixels(photos),
             encoder,
             _judge(encoder),
-            host.progress(len(pictures)),
+            host.progress(len(judged)),
         )
         ranking = best_first(found)
-        best = pictures[torch.tensor([likeness.number - 1 for likeness in ranking[:keep]])]
+        best = _taken(pictures, [likeness.number - 1 for likeness in ranking[: keep[0]]])
         report = _report(found)
         return io.NodeOutput(best, ranking[0].percent, report, ui=ui.PreviewText(report))
 

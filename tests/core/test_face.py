@@ -195,6 +195,12 @@ def test_a_pack_keeps_its_name_in_a_folder_of_another(tmp_path: Path) -> None:
     assert (opened.name, FaceEncoder.wrap(opened.analysis).name) == ("mini", "mini")
 
 
+def test_a_pack_in_a_path_that_insightface_reads_as_a_pattern_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(MINI_FOLDER / "insightface/models/mini", tmp_path / "AI [new]/models/mini")
+    with pytest.raises(BadWeightsFile, match=r"AI \[new\].* holds .*Rename the folder"):
+        FaceEncoder.open(tmp_path / "AI [new]")
+
+
 @pytest.mark.parametrize("content", [None, b"version https://git-lfs.github.com/spec/v1\noid"])
 def test_damaged_packs_are_one_sentence(tmp_path: Path, content: bytes | None) -> None:
     folder = shutil.copytree(MINI_FOLDER / "insightface/models/mini", tmp_path / "models/mini")

@@ -49,7 +49,12 @@ def test_alpha_of_any_kind(alpha: Tensor | None, scale: float) -> None:
     assert any("alpha 0" in warning for warning in reading.warnings) == (scale == 0)
 
 
-@pytest.mark.parametrize("alpha", [torch.ones(4), torch.tensor(math.inf), torch.tensor(math.nan)])
+HUGE = torch.tensor(1e200, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "alpha", [torch.ones(4), torch.tensor(math.inf), torch.tensor(math.nan), HUGE, -HUGE]
+)
 def test_impossible_alpha_is_refused(alpha: Tensor) -> None:
     with pytest.raises(BadLoraFile, match=r"alpha of unet\.down_blocks.* not one finite number"):
         read_lora_tensors(pair(alpha=alpha))

@@ -205,6 +205,12 @@ def test_damaged_bundles_are_refused_with_counts(tmp_path):
     write_safetensors(broken, tensors, changed, overwrite=True)
     with pytest.raises(BadWeightsFile, match=r"b\.safetensors is not a predictor that this"):
         Predictor.open(broken)
+    config = to_dict(p.config)
+    config["space"]["base"] = "sd9"
+    changed = {**header, "config": json.dumps(config)}
+    write_safetensors(broken, tensors, changed, overwrite=True)
+    with pytest.raises(BadWeightsFile, match=r"its base model is 'sd9'.* later, version"):
+        Predictor.open(broken)
 
 
 def test_wrong_input_is_refused():

@@ -124,6 +124,39 @@ def test_where_nothing_can_be_saved_is_one_sentence(
     assert not (host.base / "models" / "elsewhere").exists()
 
 
+def test_a_folder_that_leads_elsewhere_by_a_link_is_one_sentence(
+    host: Host, world: Path, tmp_path: Path
+) -> None:
+    import folder_paths
+
+    link = host.base / "models" / "loras" / "linked"
+    link.symlink_to(tmp_path, target_is_directory=True)
+    save = node("DiffLoRA_SaveLora", lora=["lora", 0], filename_prefix="linked/anna")
+    save["inputs"] |= {"folder": "models/loras", "precision": "fp32", "trigger": ""}
+    prompt = kept({**predicted(), "save": save}, path=["save", 0])
+    try:
+        if hasattr(folder_paths, "is_within_directory"):  # later than the oldest ComfyUI
+            with pytest.raises(PromptFailed, match=r"'linked/anna': by a link it leads out of"):
+                host.run(prompt)
+        else:
+            assert Path(host.run(prompt)["path"]).is_file()
+    finally:
+        link.unlink()
+
+
+def test_a_file_is_read_again_with_another_configuration(host: Host, world: Path) -> None:
+    loras = host.base / "models" / "loras" / "peft"
+    loras.mkdir()
+    save_file({"x": torch.zeros(1)}, loras / "adapter_model.safetensors")
+    state = host.nodes.NODE_CLASS_MAPPINGS["DiffLoRA_LoadLoraFile"].fingerprint_inputs
+    states = [state(file="peft/adapter_model.safetensors")]
+    for text in ('{"lora_alpha": 4}', '{"lora_alpha": 16}'):
+        (loras / "adapter_config.json").write_text(text)
+        states.append(state(file="peft/adapter_model.safetensors"))
+    shutil.rmtree(loras)
+    assert len(set(states)) == 3
+
+
 def test_damaged_predictor_is_explained(host: Host, models: Path, world: Path) -> None:
     whole = (world / "predictor.safetensors").read_bytes()
     (models / "damaged.safetensors").write_bytes(whole[: len(whole) // 2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,36 @@ def test_personalize_equals_the_long_way(host: Host, base_prompt: Any) -> None:
     assert torch.equal(short, long)
 
 
+def test_a_list_of_photos_is_one_person(host: Host, world: Path) -> None:
+    lora: dict[str, Any] = {}
+    for source in ("both", "apart", "photo"):
+        prompt = personalized(photos=[source, 0])
+        prompt |= {
+            "mini": node("DiffLoRA_LoadMiniModel"),
+            "other": node("TestPhoto", faces="two"),
+            "both": node("ImageBatch", image1=["photo", 0], image2=["other", 0]),
+            "apart": node("RebatchImages", images=["both", 0], batch_size=1),
+        }
+        lora[source] = host.run(kept(prompt, lora=["apply", 2]))["lora"]
+    keys = lora["both"].keys()
+    assert all(torch.equal(lora["apart"][key], lora["both"][key]) for key in keys)
+    assert any(not torch.equal(lora["photo"][key], lora["both"][key]) for key in keys)
+
+
+def test_personalize_notices_other_encoders(host: Host, world: Path) -> None:
+    state = host.nodes.NODE_CLASS_MAPPINGS["DiffLoRA_Personalize"].fingerprint_inputs
+    before = state(predictor=[SHIPPED])
+    pack = host.base / "models" / "insightface" / "models" / "other"
+    pack.mkdir(parents=True)
+    (pack / "det.onnx").write_bytes(b"a detector")
+    with_pack = state(predictor=[SHIPPED])
+    (pack / "det.onnx").write_bytes(b"another detector")
+    try:
+        assert len({before, with_pack, state(predictor=[SHIPPED])}) == 3
+    finally:
+        shutil.rmtree(pack)
+
+
 def test_features_from_a_file_equal_the_ones_saved(host: Host, world: Path) -> None:
     save = node("DiffLoRA_SaveFaceFeatures", features=["features", 0], filename_prefix="anna")
     prompt = kept({**predicted(), "save": save}, path=["save", 0], lora=["lora", 0])
@@ -159,6 +190,10 @@ def test_likeness_ranks_pictures(host: Host, world: Path) -> None:
     values = host.run(kept({**prompt, "same_again": prompt["same"]}, **links, photo=["same", 0]))
     assert torch.equal(values["best"], values["photo"])
     assert values["percent"] > 99 and "1: no face" in values["report"]
+    prompt["apart"] = node("RebatchImages", images=["both", 0], batch_size=1)
+    prompt["score"]["inputs"]["pictures"] = ["apart", 0]
+    apart = host.run(kept({**prompt, "same_again": prompt["same"]}, **links, photo=["same", 0]))
+    assert torch.equal(apart["best"], values["best"]) and apart["report"] == values["report"]
 
 
 @pytest.mark.parametrize(
