@@ -6,7 +6,6 @@ downloaded: the packs are the user's own files (or the drawn-world pack that shi
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -17,9 +16,10 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import BadWeightsFile, DiffLoRAError, NoFaceFound
+from .errors import DiffLoRAError, NoFaceFound
 from .face_crop import numbered_crops, sharpness
 from .face_detection import DETECTION_SIZES, detect
+from .face_pack import check_path, find_pack, incomplete, named_with_training, unreadable
 from .photos import Pixels
 
 Choice = Literal["largest", "leftmost", "rightmost", "topmost", "center"] | int
@@ -105,7 +105,7 @@ class FaceEncoder:
         """
         folder = find_pack(Path(root), name)
         analysis_class = _insightface().FaceAnalysis
-        _check_path(folder)
+        check_path(folder)
         _check_providers(providers)
         try:
             analysis = analysis_class(
@@ -115,11 +115,11 @@ class FaceEncoder:
             )
             analysis.prepare(ctx_id=-1 if list(providers) == ["CPUExecutionProvider"] else 0)
         except AssertionError as error:
-            raise _incomplete(folder, "a detector") from error
+            raise incomplete(folder, "a detector") from error
         except Exception as error:  # those of ONNX Runtime have no base class of their own
-            raise _unreadable(folder, error) from error
+            raise unreadable(folder, error) from error
         if "recognition" not in analysis.models:
-            raise _incomplete(folder, "a recogniser")
+            raise incomplete(folder, "a recogniser")
         name = named_with_training(name, _training_of(analysis))
         setattr(analysis, _NAME, name)
         return cls(analysis, name)
@@ -214,36 +214,6 @@ def face_previews(image: Pixels, faces: Sequence[FoundFace], size: int = 160) ->
     return numbered_crops(image, [face.box.tolist() for face in faces], size)
 
 
-def find_pack(root: Path, name: str) -> Path:
-    """The folder that holds a pack's ONNX files. Errors: BadWeightsFile, naming what was found."""
-    names = pack_folders(name)
-    places = [place for n in names for place in (root / "models" / n, root / n)]
-    places += [root] if root.name in names else []
-    for place in places:
-        for folder in (place, place / name, *_subfolders(place)):
-            if any(folder.glob("*.onnx")):
-                return folder
-    present = next((p for p in places if p.is_dir()), None)
-    if present is not None:
-        raise _incomplete(present, "any ONNX file")
-    archive = next((p for p in (p.with_suffix(".zip") for p in places) if p.is_file()), None)
-    hint = f"Put its .onnx files into {places[0]}."
-    if archive is not None:
-        hint = f"{archive} is still packed: unpack it into {places[0]}."
-    raise BadWeightsFile(f"The face pack {name!r} is not in {root}.", hint=hint)
-
-
-def pack_folders(name: str) -> list[str]:
-    """Names of folders that may hold the pack `name`, the likeliest first."""
-    return list(dict.fromkeys([name, name.partition("@")[0]]))
-
-
-def named_with_training(name: str, training: str) -> str:
-    """A pack's name with the training that its recogniser's file tells of, if it does."""
-    pack = name.partition("@")[0]
-    return f"{pack}@{training}" if training else pack
-
-
 def _training_of(analysis: Any) -> str:
     session = getattr(analysis.models["recognition"], "session", None)
     fields = session.get_modelmeta().custom_metadata_map if session is not None else {}
@@ -263,36 +233,6 @@ def _numbered(faces: Sequence[AnyFace], number: int) -> AnyFace:
 def _distance_from_middle(face: FoundFace) -> float:
     width, height = face.picture
     return (face.centre[0] - width / 2) ** 2 + (face.centre[1] - height / 2) ** 2
-
-
-def _subfolders(place: Path) -> list[Path]:
-    return sorted(p for p in place.iterdir() if p.is_dir()) if place.is_dir() else []
-
-
-def _incomplete(folder: Path, missing: str) -> BadWeightsFile:
-    names = sorted(p.name for p in folder.iterdir())
-    found = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") if names else "nothing"
-    return BadWeightsFile(
-        f"The face pack in {folder} lacks {missing}; found there: {found}.",
-        hint="A pack holds a detector and a recogniser as .onnx files; unpack it again.",
-    )
-
-
-def _unreadable(folder: Path, error: Exception) -> BadWeightsFile:
-    reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-    return BadWeightsFile(
-        f"The face pack in {folder} cannot be read: {reason}.",
-        hint="A file is damaged, or a Git LFS pointer in its place: download the pack again.",
-    )
-
-
-def _check_path(folder: Path) -> None:
-    """InsightFace searches the folder by a pattern that begins with its path, as it is."""
-    if glob.escape(str(folder)) != str(folder):
-        raise BadWeightsFile(
-            f"InsightFace finds no files in {folder}, since its path holds *, ?, [ or ].",
-            hint="Rename the folder, or put the pack into another one.",
-        )
 
 
 def _check_providers(providers: Sequence[str]) -> None:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..difflora_core.errors import BadWeightsFile, DiffLoRAError, LayoutMismatch
-from ..difflora_core.face import FaceEncoder, find_pack, named_with_training
+from ..difflora_core.face import FaceEncoder
+from ..difflora_core.face_pack import find_pack, named_with_training
 from ..difflora_core.features import Features
 from ..difflora_core.mask_aware.decoders import FastDecoder
 from ..difflora_core.mask_aware.networks import FaceNetwork, open_face_network

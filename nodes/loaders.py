@@ -6,7 +6,8 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
-from ..difflora_core.face import FaceEncoder, find_pack, pack_folders
+from ..difflora_core.face import FaceEncoder
+from ..difflora_core.face_pack import find_pack, pack_folders
 from ..difflora_core.image_encoder import ImageEncoder
 from ..difflora_core.predictor import Predictor
 from . import host, sockets

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from difflora_core.errors import BadWeightsFile, DiffLoRAError, NoFaceFound
-from difflora_core.face import CHOICES, Face, FaceEncoder, choose_face, face_previews, find_pack
+from difflora_core.face import CHOICES, Face, FaceEncoder, choose_face, face_previews
+from difflora_core.face_pack import find_pack
 from difflora_core.mini_world import MINI_FOLDER
 
 POINTS = np.float32([[8, 10], [16, 10], [12, 14], [9, 18], [15, 18]])

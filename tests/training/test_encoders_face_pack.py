@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from difflora_core.errors import BadWeightsFile, LayoutMismatch
-from difflora_core.face import FaceEncoder, find_pack
+from difflora_core.face import FaceEncoder
 from difflora_core.face_crop import align
+from difflora_core.face_pack import find_pack
 from difflora_core.recogniser import IResNetConfig, Recogniser, RecogniserConfig
 from training.artifacts import SHIPPED, artifacts_folder
 from training.config import Config
