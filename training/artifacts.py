@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Mapping
@@ -65,6 +67,10 @@ MADE_BY = {
     "index": "collect-loras",
 }
 """Artifact -> the stage that makes it, for error messages."""
+
+
+_MATERIAL = re.compile(r"index|detector|.*_(dit|autoencoder)")
+"""Artifacts that only a later stage needs; they stay in the run folder."""
 
 
 class MissingArtifact(DiffLoRAError):
@@ -172,6 +178,8 @@ def ship(config: Config, folder: RunFolder, shipped: Path | None = None) -> None
             _refuse_other(source / name, entry)
             with (source / name).open("rb") as file:
                 shutil.copyfileobj(file, copy)
+            copy.flush()  # here, so that at the end nothing but the names has to change
+            os.fsync(copy.fileno())
     write_manifest(target, read_manifest(target) | entries)
     logger.info("%s: %d files, %.1f MB shipped", folder.name, len(entries), total / 1e6)
 
@@ -218,8 +226,8 @@ def _file_name(name: str) -> str:
 
 
 def _is_shipped(name: str) -> bool:
-    # "loras", the data set of trained LoRAs, is training material and stays in the run folder
-    return MADE_BY.get(Path(name).stem, "collect-loras") != "collect-loras"
+    stem = Path(name).stem
+    return stem in MADE_BY and not _MATERIAL.fullmatch(stem)
 
 
 def _weights(folder: Path) -> list[Path]:

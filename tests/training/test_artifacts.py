@@ -86,7 +86,9 @@ def test_ship_copies_weights_and_merges_the_manifest(config: Config, tmp_path: P
     (shipped / "old").mkdir(parents=True)
     (shipped / "manifest.json").write_text(json.dumps({"vae.safetensors": {"seed": 1}}))
     _save(config)
-    _save(config, "loras/shard_000")
+    material = ("loras/shard_000", "detector", "predictor_dit", "predictor_paper_autoencoder")
+    for name in material:
+        _save(config, name)
     onnx = artifacts_folder(config) / "insightface/models/mini/det_mini.onnx"
     onnx.parent.mkdir(parents=True)
     onnx.write_bytes(b"onnx")

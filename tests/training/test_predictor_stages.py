@@ -127,6 +127,25 @@ def test_end_to_end_refuses_a_start_from_another_image_encoder(config: Config) -
         finetune_stage.starting_predictor(config, pool)
 
 
+def test_a_start_for_other_embeddings_is_refused_before_people_are_drawn(config: Config) -> None:
+    fitting = finetune_stage.untrained(config)
+    mixer = dataclasses.replace(fitting.config.mixer, image_width=8)
+    save_bundle(
+        config, Predictor(dataclasses.replace(fitting.config, mixer=mixer)), "predictor_dit"
+    )
+    with pytest.raises(LayoutMismatch, match=r"of 16 and 8 numbers; .* give 16 and 16"):
+        finetune_stage.run(config, open_run(config, "finetune-predictor"))
+
+
+def test_an_autoencoder_learns_from_batches_of_one(tmp_path: Path) -> None:
+    config = world(tmp_path, ["predictor.autoencoder.batch=1"])
+    autoencoder_stage.run(config, open_run(config, "train-autoencoder"))
+    assert (
+        "explained_test"
+        in read_manifest(artifacts_folder(config))["predictor_autoencoder.safetensors"]["figures"]
+    )
+
+
 def test_processes_make_parts_of_what_one_makes_of_its_people(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,15 @@ from typing import Literal
 from ..portraits.vocabulary import STYLES
 from ..run_config import OptimConfig, at_least
 
+SIDE = 128
+"""Of drawn pictures, in pixels."""
+NORM_GROUPS = 32
+"""Groups of a U-Net's normalisations, as in Stable Diffusion."""
+
+
+def _multiples(values: tuple[int, ...], of: int) -> bool:
+    return all(value > 0 and value % of == 0 for value in values)
+
 
 @dataclass(frozen=True)
 class VaeConfig:
@@ -56,7 +65,13 @@ class VaeConfig:
 
     def __post_init__(self) -> None:
         at_least(0, self, "crop", "minutes")
-        at_least(1, self, "batch", "pool", "chunk", "reuse", "measured")
+        at_least(1, self, "groups", "batch", "pool", "chunk", "reuse", "measured")
+        if self.crop % 8 or self.crop > SIDE:
+            raise ValueError(f"crop must be a multiple of 8 up to {SIDE}, or 0, found {self.crop}")
+        if len(self.channels) != 4 or not _multiples(self.channels, self.groups):
+            raise ValueError(
+                f"channels must be four multiples of groups ({self.groups}), found {self.channels}"
+            )
 
 
 @dataclass(frozen=True)
@@ -69,6 +84,11 @@ class TextConfig:
     """Transformer layers."""
     heads: int = 4
     """Attention heads."""
+
+    def __post_init__(self) -> None:
+        at_least(1, self, "width", "layers", "heads")
+        if self.width % self.heads:
+            raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
 
 
 @dataclass(frozen=True)
@@ -118,7 +138,11 @@ class UnetConfig:
 
     def __post_init__(self) -> None:
         at_least(0, self, "styles", "minutes")
-        at_least(1, self, "batch", "pool", "measured")
+        at_least(1, self, "layers", "heads", "batch", "pool", "measured")
+        if not self.channels or not _multiples(self.channels, NORM_GROUPS):
+            raise ValueError(
+                f"channels must be multiples of {NORM_GROUPS}, at least one, found {self.channels}"
+            )
         if self.styles and (len(self.styles) != len(STYLES) or not any(self.styles)):
             raise ValueError(
                 f"styles must be empty or {len(STYLES)} weights, not all 0, found {self.styles}"

@@ -15,7 +15,7 @@ from difflora_core.weights_file import expecting
 
 from ..artifacts import artifact, read_artifact
 from ..config import Config
-from .config import TextConfig, UnetConfig, VaeConfig
+from .config import NORM_GROUPS, SIDE, TextConfig, UnetConfig, VaeConfig
 from .tokens import CONTEXT, END, START, known_tokens, token_index
 
 #: Stable Diffusion's noise schedule, which ComfyUI assumes for models of the SD 1.5 kind
@@ -42,7 +42,7 @@ def vae_config(config: VaeConfig) -> dict[str, Any]:
         "norm_num_groups": config.groups,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "sample_size": 128,
+        "sample_size": SIDE,
     }
 
 
@@ -56,7 +56,7 @@ def unet_config(config: UnetConfig, text: TextConfig) -> dict[str, Any]:
         "layers_per_block": config.layers,
         "cross_attention_dim": text.width,
         "attention_head_dim": config.heads,  # diffusers' name for the number of heads
-        "norm_num_groups": 32,
+        "norm_num_groups": NORM_GROUPS,
         "down_block_types": ["CrossAttnDownBlock2D"] * levels,
         "up_block_types": ["CrossAttnUpBlock2D"] * levels,
     }

@@ -45,10 +45,13 @@ class GuidanceConfig:
     def __post_init__(self) -> None:
         at_least(0, self, "seed", "strengths", "sheet_people")
         at_most(MAX_SEED, self, "seed")
-        at_least(1, self, "people", "prompts", "iterations")
+        at_least(1, self, "prompts", "iterations")
+        at_least(2, self, "people")  # for an interval
+        at_least(0, self, "smoothing", "jitter")
+        at_most(1, self, "smoothing")
         at_least(4, self, "factor_pictures")  # one chooses what is fitted on three
-        if self.people * self.prompts < 2:
-            raise ValueError("people and prompts are both 1, but fid needs two pictures or more")
+        if self.jitter > 0.5:
+            raise ValueError(f"jitter must be 0.5 or less, found {self.jitter}")
 
 
 def read_window(text: str) -> SigmaWindow:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -199,12 +200,18 @@ def write(folder: RunFolder, gauge: Gauge, bench: Bench, so_far: Outcome) -> Non
         save_sheet(folder.path / "sheet.png", {"photo": photos} | so_far.samples)
 
 
+_OF_PREDICTED = ("strength", "inputs", "steps", "candidates")
+"""Settings of the rows of predicted LoRAs"""
+
+
 def protocol(bench: Bench, gauge: Gauge) -> dict[str, Any]:
     """Everything needed to repeat the evaluation and to read its figures."""
     config = bench.config
-    shared = ("references", "paint_steps", "guidance", "fid_pictures")
+    shared = ("references", "paint_steps", "guidance", "fid_pictures", "batch")
     painting = {name: getattr(config.eval, name) for name in shared}
     return to_dict(config.guidance) | painting | {
+        "predicted": {n: getattr(config.eval, n) for n in _OF_PREDICTED}
+        | {"predictor": Path(config.eval.predictor).name or "predictor.safetensors"},
         "prompts_used": list(bench.trial.prompts),
         "split": "test identities, held-out combinations of attributes",
         "reference": "one photo per person; measured against other pictures of the person",

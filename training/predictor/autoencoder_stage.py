@@ -68,10 +68,7 @@ def run(config: Config, folder: RunFolder) -> None:
 
 def new_predictor(config: Config, space: LoraSpace) -> Predictor:
     """An untrained predictor of the configured preset for the encoders of this run."""
-    encoders = PhotoEncoders(config)
-    face = encoders.recogniser.config.network.embedding
-    image = encoders.image_encoder.config.model["embed_dim"]
-    return Predictor(preset(config.predictor.preset, space, face, image))
+    return Predictor(preset(config.predictor.preset, space, *PhotoEncoders(config).widths))
 
 
 def draw_values(values: Tensor, config: AutoencoderTraining, generator: torch.Generator) -> Tensor:
@@ -92,7 +89,7 @@ def autoencoder_losses(
     """Weight-preserved loss on standard values, direction and size of each layer's delta W."""
     latents = predictor.autoencoder.encode(values)
     noise = torch.randn(latents.shape, generator=generator, device=latents.device)
-    spread = latents.detach().std(0, keepdim=True)
+    spread = latents.detach().std(0, correction=0, keepdim=True)
     rebuilt = predictor.autoencoder.decode(latents + config.jitter * spread * noise)
     weighted = weight_preserved_loss(rebuilt.float(), values, config.magnitude)
     restore = predictor.value_statistics.inverse
@@ -113,6 +110,8 @@ def measure(predictor: Predictor, train: Tensor, test: Tensor) -> dict[str, floa
     figures: dict[str, float] = {"compression": predictor.space.size / predictor.latent_shape[0]}
     figures["compression"] /= predictor.latent_shape[1]
     for name, vectors in (("train", train[:256]), ("test", test[:256])):
+        if not len(vectors):  # of a few LoRAs none is kept back
+            continue
         rebuilt = predictor.decode(predictor.encode(vectors))
         error = (rebuilt - vectors).square().sum()
         spread = (vectors - predictor.value_statistics.mean).square().sum()

@@ -13,6 +13,7 @@ from difflora_core.predictor_config import EncoderInfo
 from ..artifacts import artifact, artifacts_folder, command_line
 from ..config import Config
 from ..encoders.face_pack import face_encoder_name
+from .conditions import PhotoEncoders
 
 LICENCE = "Apache-2.0"
 
@@ -42,6 +43,19 @@ def open_bundle(config: Config, name: str) -> Predictor:
 def image_encoder_name(config: Config) -> str:
     """Of the image encoder that this run's predictors see photos through."""
     return ImageEncoder.open(artifact(config, "image_encoder")).config.name
+
+
+def check_widths(predictor: Predictor, encoders: PhotoEncoders, what: str) -> None:
+    """Errors: LayoutMismatch where `predictor` takes embeddings of another length."""
+    mixer = predictor.config.mixer
+    if (mixer.face_width, mixer.image_width) != encoders.widths:
+        raise LayoutMismatch(
+            f"{what} takes face and image embeddings of {mixer.face_width} and "
+            f"{mixer.image_width} numbers; this run's encoders give {encoders.widths[0]} and "
+            f"{encoders.widths[1]}.",
+            hint="Train the predictor anew, from train-autoencoder on or with "
+            "predictor.finetune.start=fresh.",
+        )
 
 
 def check_encoders(config: Config, predictor: Predictor, what: str) -> None:

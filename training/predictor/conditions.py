@@ -45,6 +45,13 @@ class PhotoEncoders:
         self.recogniser = Recogniser.open(artifact(config, "recogniser")).to(self.device)
         self.image_encoder = ImageEncoder.open(artifact(config, "image_encoder")).to(self.device)
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Lengths of face and image embeddings."""
+        return self.recogniser.config.network.embedding, self.image_encoder.config.model[
+            "embed_dim"
+        ]
+
     @torch.no_grad()
     def embed(self, scene: Scene, error: Tensor) -> tuple[Tensor, Tensor]:
         """Face and image embeddings of the first person of each picture, on the cpu.

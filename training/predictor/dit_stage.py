@@ -17,7 +17,7 @@ from ..loop import Trainer
 from ..loras.collect import INDEX, read_set
 from ..portraits import identities
 from ..run_folder import RunFolder
-from .bundle import open_bundle, save_bundle
+from .bundle import check_widths, open_bundle, save_bundle
 from .calibrate import calibrate
 from .conditions import Embeddings, PhotoEncoders
 from .config import DitTraining
@@ -35,7 +35,9 @@ def run(config: Config, folder: RunFolder) -> None:
     with torch.no_grad():
         latents = predictor.encode(loras.vectors.to(predictor.device))
     people = identities(loras.seeds)
-    photos = PhotoEncoders(config).embed_people(people, settings.photos, config.run.seed)
+    encoders = PhotoEncoders(config)
+    check_widths(predictor, encoders, f"The artifact {name}_autoencoder")
+    photos = encoders.embed_people(people, settings.photos, config.run.seed)
     predictor.mixer.fit(photos.face.flatten(0, 1), photos.image.flatten(0, 1))
     trainer = Trainer(
         {"dit": predictor.dit, "mixer": predictor.mixer},

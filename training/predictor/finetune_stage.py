@@ -32,7 +32,7 @@ from ..face_term import FaceTerm
 from ..loras.stage import lora_space
 from ..run_folder import RunFolder
 from .autoencoder_stage import new_predictor
-from .bundle import check_encoders, open_bundle
+from .bundle import check_encoders, check_widths, open_bundle
 from .conditions import PhotoEncoders
 from .config import FinetuneTraining
 from .dit_stage import finish, random_condition
@@ -47,7 +47,9 @@ def run(config: Config, folder: RunFolder) -> None:
     trained_for.begin(part, decisive(config))
     torch.manual_seed(config.run.seed)
     painter = Painter.open(config)
-    pool = build_people_pool(painter, PhotoEncoders(config), settings, config.run.seed)
+    encoders = PhotoEncoders(config)
+    check_start(config, encoders)
+    pool = build_people_pool(painter, encoders, settings, config.run.seed)
     predictor = starting_predictor(config, pool)
     trainer = train(
         {part: getattr(predictor, part) for part in PARTS},
@@ -81,13 +83,25 @@ def decisive(config: Config) -> dict[str, Any]:
     return values | (trained_for.start(config, name) if begun == "artifact" else {})
 
 
+def check_start(config: Config, encoders: PhotoEncoders) -> None:
+    """Before anything is drawn. Errors: LayoutMismatch where the start fits other encoders."""
+    if config.predictor.finetune.start != "fresh":
+        name = _start(config)
+        check_widths(Predictor.open(artifact(config, name)), encoders, f"The artifact {name}")
+
+
+def _start(config: Config) -> str:
+    """The artifact to go on from."""
+    name = config.predictor.name
+    return f"{name}_dit" if config.predictor.finetune.start == "dit" else name
+
+
 def starting_predictor(config: Config, pool: PeoplePool) -> Predictor:
     """What train-dit has learnt, the finished predictor again, or an untrained one."""
-    name, start = config.predictor.name, config.predictor.finetune.start
+    start, name = config.predictor.finetune.start, _start(config)
     if start == "fresh":
         predictor = untrained(config)
     else:
-        name = f"{name}_dit" if start == "dit" else name
         predictor = open_bundle(config, name)
         lora_space(config.loras).check_same(predictor.space, f"The artifact {name}")
     if start == "dit":
