@@ -217,6 +217,9 @@ def _component_of_one_model(file: TensorFile) -> str | None:
     return None
 
 
+_WHOLE_WEIGHTS = "Take the 16-bit checkpoint that it was made from."
+
+
 def _refuse_other_kinds(file: TensorFile) -> None:
     keys = list(file)
     if any(key.endswith((".lora_down.weight", ".lora_A.weight", ".alpha")) for key in keys):
@@ -224,7 +227,14 @@ def _refuse_other_kinds(file: TensorFile) -> None:
     if any(key.endswith((".scale_weight", ".weight_scale", "scaled_fp8")) for key in keys):
         raise BadWeightsFile(
             f"{file.path.name} holds scaled 8-bit weights, which are not supported.",
-            hint="Take the 16-bit checkpoint that it was made from.",
+            hint=_WHOLE_WEIGHTS,
+        )
+    weights = (key for key in keys if key.endswith(".weight"))
+    if code := next((key for key in weights if not file.dtype(key).is_floating_point), None):
+        raise BadWeightsFile(
+            f"{file.path.name} holds weights as whole numbers ({code}), which are codes of another "
+            "program and not supported.",
+            hint=_WHOLE_WEIGHTS,
         )
 
 

@@ -21,7 +21,7 @@ from .header import LoraHeader
 from .key_names import module_table
 from .lora import LayerOutline, LazyLayers, Lora, LoraLayer
 from .merging import Certificate, RankRule, summary, truncate_dense
-from .merging.rules import ranks_within
+from .merging.rules import ranks_within, room
 from .weights_file import write_lora
 
 Progress = Callable[[int, int], None]
@@ -59,12 +59,16 @@ def extract(
     counted = _worth_a_place(source, settings)
     rule = _rule_of_parts(sum(widths[layer] for layer in counted), settings)
     offsets, warnings = source.offsets(), source.warnings()
+    others = sum(offset.numel() for offset in offsets.values())
+    if settings.rule.megabytes is not None:  # before hours of work
+        least = sum(widths[layer] for layer in counted) + others
+        room(settings.rule.megabytes, least, settings.dtype.itemsize)
     parts = PartStore(out)
     refuse_full_disk(out, _bytes_needed(source.base, counted, rule, settings), parts.size())
     parts.open([source.identity(), settings.identity()])
     resumed = sum(layer in parts for layer in layers)
     _finish(source, layers, parts, rule, settings.dtype, progress)
-    certificates = _chosen(layers, parts, widths, settings)
+    certificates = _chosen(layers, parts, widths, settings, others)
     if not certificates and not offsets:
         parts.remove()
         raise LayoutMismatch(
@@ -154,16 +158,20 @@ def _delta(source: Source, layer: str, parts: PartStore) -> Tensor | None:
 
 
 def _chosen(
-    layers: Sequence[str], parts: PartStore, widths: Mapping[str, int], settings: ExtractSettings
+    layers: Sequence[str],
+    parts: PartStore,
+    widths: Mapping[str, int],
+    settings: ExtractSettings,
+    others: int,
 ) -> dict[str, Certificate]:
-    """Certificates of the layers that differ, with the ranks that they get."""
+    """Certificates of the layers that differ, with the ranks that they get beside `others`."""
     found = {layer: parts.certificate(layer) for layer in layers}
     kept = {layer: certificate for layer, certificate in found.items() if certificate}
     if settings.rule.megabytes is None or not kept:
         return kept
     spectra = {n: torch.tensor(c.singular_values[: c.rank]) for n, c in kept.items()}
     own = {name: widths[name] for name in kept}
-    ranks = ranks_within(settings.rule.megabytes, spectra, own, settings.dtype.itemsize)
+    ranks = ranks_within(settings.rule.megabytes, spectra, own, settings.dtype.itemsize, others)
     return {name: _cut(certificate, ranks[name]) for name, certificate in kept.items()}
 
 

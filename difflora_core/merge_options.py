@@ -62,7 +62,7 @@ def parse_sweep(text: str) -> list[float]:
         raise BadConfig(
             f"{text!r} is no sweep.", hint="Write FROM:TO:COUNT, such as 0.5:1.5:5."
         ) from error
-    if not 2 <= steps <= MAX_SWEEP or not low < high:
+    if not 2 <= steps <= MAX_SWEEP or not -math.inf < low < high < math.inf:
         raise BadConfig(
             f"{text!r} is no sweep: it needs 2 to {MAX_SWEEP} weights, from less to more.",
             hint="For one total weight there is --total.",

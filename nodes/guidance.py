@@ -15,6 +15,7 @@ from ..difflora_core.mask_aware.window import WINDOWS
 from . import host, sockets
 from .guided_sampling import CUSTOM, SIGMA, TIMESTEP, GuidedSampling, WindowChoice
 from .guiding_networks import decoders_state, fast_decoder, guiding_faces
+from .loaders import encoders_state
 from .sockets import CATEGORY, advanced
 
 FAST, FULL = "fast, if there is one", "VAE"
@@ -44,7 +45,7 @@ class MaskAwareGuidance(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, decoder: str, **_inputs: Any) -> str:
-        return decoders_state() if decoder == FAST else ""
+        return encoders_state() + (decoders_state() if decoder == FAST else "")
 
     @classmethod
     def execute(
@@ -76,7 +77,7 @@ class MaskAwareGuidance(io.ComfyNode):
             jitter=jitter,
             when_lost=when_lost,
         )
-        latents = model.model.latent_format
+        latents = model.get_model_object("latent_format")
         fast, decoder_name = fast_decoder(latents) if decoder == FAST else (None, "VAE")
         log, when = GuidanceLog(), WindowChoice(window, start, end)
         guided = GuidedSampling(

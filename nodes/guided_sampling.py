@@ -98,7 +98,7 @@ class GuidedSampling:
 
     def applied(self, model: comfy.model_patcher.ModelPatcher) -> comfy.model_patcher.ModelPatcher:
         """A clone of the model whose runs are guided. Errors: LayoutMismatch, DiffLoRAError."""
-        check_fits(model.model.latent_format, self.vae)
+        check_fits(model.get_model_object("latent_format"), self.vae)
         self.window.of(model.get_model_object("model_sampling"))
         model = model.clone()
         outer = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
@@ -160,7 +160,7 @@ class GuidedSampling:
         """
         device = model.load_device
         with torch.inference_mode(False):
-            decoder = self.fast or vae_decoder(self.vae, model.model.latent_format)
+            decoder = self.fast or vae_decoder(self.vae, model.get_model_object("latent_format"))
         # not within the block: ComfyUI may have to move weights of its own, which are used to it
         comfy.model_management.free_memory(_bytes(decoder) + _bytes(self.network), device)
         with torch.inference_mode(False):

@@ -105,6 +105,10 @@ def decoders_state() -> str:
     return "".join(host.file_state(host.listed_path(_FAST, name)) for name in sorted(names))
 
 
+_UNREAD = ("taef2_decoder",)
+"""Of another build than TAESD; neither are TAESDs read for latents that are scaled per channel"""
+
+
 def fast_decoder(latents: Any) -> tuple[FastDecoder | None, str]:
     """TAESD for a model's latents from models/vae_approx, if it is there, and what reports call it.
 
@@ -117,6 +121,8 @@ def fast_decoder(latents: Any) -> tuple[FastDecoder | None, str]:
         pickled = bool(name) and folder_paths.get_full_path(_FAST, f"{name}.pth")
         why = f" ({name}.pth is a pickle, which is not opened; save it as safetensors)"
         return None, f"VAE{why if pickled else ''}"
+    if name in _UNREAD or getattr(latents, "latents_mean", None) is not None:
+        return None, f"VAE ({name} is of a kind that is not read for this model)"
     # autograd refuses weights that were made in inference mode
     with torch.inference_mode(False):
         decoder = FastDecoder.open(path)

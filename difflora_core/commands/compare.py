@@ -53,5 +53,12 @@ def _save(picture: Image.Image, path: Path) -> None:
 
     from ..whole_file import refusals, whole_file
 
-    with refusals(path, BadImage), whole_file(path) as file:
-        picture.save(file, Image.registered_extensions()[path.suffix.lower()])
+    try:
+        with refusals(path, BadImage), whole_file(path) as file:
+            picture.save(file, Image.registered_extensions()[path.suffix.lower()])
+    except ValueError as error:  # such as a side of more pixels than the format allows
+        raise BadImage(
+            f"{path.name} could not be written: {picture.width}x{picture.height} pixels are too "
+            f"many for {path.suffix}, or it takes no such picture.",
+            hint="Choose .png.",
+        ) from error

@@ -106,7 +106,9 @@ class Job:
             for name, (_, _, certificate) in zip(batch.names, merged, strict=True):
                 spectra[name] = torch.tensor(certificate.singular_values)
         widths = {name: sum(_matrix_shape(self.outlines[name])) for name in spectra}
-        return ranks_within(megabytes, spectra, widths, self.settings.dtype.itemsize)
+        sizes = {n: o.numel() for entry in self.inputs for n, o in entry.lora.offsets.items()}
+        others = sum(sizes.values())
+        return ranks_within(megabytes, spectra, widths, self.settings.dtype.itemsize, others)
 
     def _rule(self, batch: Batch) -> RankRule:
         """The limit of each layer; `svd` without one takes the largest rank of its inputs."""

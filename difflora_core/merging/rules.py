@@ -64,26 +64,37 @@ class RankRule:
         return min(first, len(sigma))
 
 
+def room(megabytes: float, least: int, bytes_per_value: int) -> int:
+    """Values left of a size when every layer has rank 1, which takes `least` values in all.
+
+    Raises BadConfig when that is too big already.
+    """
+    budget = int(megabytes * _MEGABYTE / bytes_per_value) - least
+    if budget < 0:
+        size = least * bytes_per_value / _MEGABYTE
+        raise BadConfig(
+            f"{megabytes:g} MB are too few: rank 1 in every layer takes {size:.2f} MB.",
+            hint="Allow more, or keep fewer layers.",
+        )
+    return budget
+
+
 def ranks_within(
     megabytes: float,
     spectra: Mapping[str, Tensor],
     widths: Mapping[str, int],
     bytes_per_value: int,
+    others: int = 0,
 ) -> dict[str, int]:
     """Ranks that lower the summed squared error most within a size.
 
     spectra: singular values by layer, descending. widths: values that one rank of the layer costs
-    (out + in). Taking singular values in the order of sigma^2 per value is optimal up to the last
-    one taken, since they fall within each layer. Every layer keeps at least rank 1.
+    (out + in); others: values beside the layers, which count, too. Taking singular values in the
+    order of sigma^2 per value is optimal up to the last one taken, since they fall within each
+    layer. Every layer keeps at least rank 1.
     Raises BadConfig when rank 1 everywhere is too big already.
     """
-    budget = int(megabytes * _MEGABYTE / bytes_per_value) - sum(widths.values())
-    if budget < 0:
-        least = sum(widths.values()) * bytes_per_value / _MEGABYTE
-        raise BadConfig(
-            f"{megabytes:g} MB are too few: rank 1 in every layer takes {least:.2f} MB.",
-            hint="Allow more, or merge fewer layers.",
-        )
+    budget = room(megabytes, sum(widths.values()) + others, bytes_per_value)
     ranks = dict.fromkeys(spectra, 1)
     offers = [
         (float(s) ** 2 / widths[name], name)

@@ -169,6 +169,13 @@ def test_refusals(change, sentence, tmp_path):
     assert caught.value.hint or "LoRA" in sentence
 
 
+def test_weights_in_whole_numbers_are_refused(tmp_path):
+    tensors = random_tensors(single_file_shapes("mini"), 1)
+    tensors[f"{UNET}out.2.weight"] = torch.zeros(4, 64, 3, 3, dtype=torch.int8)
+    with pytest.raises(BadWeightsFile, match=r"as whole numbers .*Take the 16-bit checkpoint"):
+        Checkpoint.open(write(tmp_path / "model.safetensors", tensors))
+
+
 def test_pickle_truncated_and_folder_are_refused(tmp_path):
     pickle = tmp_path / "model.ckpt"
     pickle.write_bytes(b"\x80\x02}q\x00." * 10)

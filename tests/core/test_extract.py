@@ -13,7 +13,7 @@ from torch import Tensor
 from difflora_core import extract_parts
 from difflora_core.bake import BakeInput, bake
 from difflora_core.checkpoint_names import parameters
-from difflora_core.errors import BadWeightsFile, DiffLoRAError, LayoutMismatch
+from difflora_core.errors import BadConfig, BadWeightsFile, DiffLoRAError, LayoutMismatch
 from difflora_core.extract import ExtractSettings, extract
 from difflora_core.extract_sources import CheckpointDifference
 from difflora_core.merging import RankRule
@@ -249,6 +249,16 @@ def test_full_disk_is_told_before_any_work(base, tmp_path, monkeypatch):
     monkeypatch.setattr(extract_parts.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(BadWeightsFile, match="free disk space"):
         extract(source, tmp_path / "lora.safetensors", ExtractSettings(RANK4))
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_too_small_a_size_is_refused_before_anything_is_decomposed(base, tmp_path, monkeypatch):
+    def never(*_anything):
+        raise AssertionError("a layer was decomposed")
+
+    monkeypatch.setattr("difflora_core.extract.truncate_dense", never)
+    with pytest.raises(BadConfig, match="too few"):
+        run(tmp_path, base, tuned_from(base, LAYERS), RankRule(megabytes=1e-4))
     assert list(tmp_path.glob(".*")) == []
 
 

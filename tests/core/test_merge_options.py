@@ -64,7 +64,9 @@ def test_sweep_has_both_ends() -> None:
     assert parse_sweep("0.5:1.5:5") == pytest.approx([0.5, 0.75, 1.0, 1.25, 1.5])
 
 
-@pytest.mark.parametrize("text", ["1", "0.5:1.5", "a:b:c", "1:1:3", "2:1:3", "0:1:1", "0:1:999"])
+@pytest.mark.parametrize(
+    "text", ["1", "0.5:1.5", "a:b:c", "1:1:3", "2:1:3", "0:1:1", "0:1:999", "-inf:1:3"]
+)
 def test_impossible_sweeps_are_explained(text: str) -> None:
     with pytest.raises(BadConfig, match="is no sweep"):
         parse_sweep(text)

@@ -87,6 +87,15 @@ def test_a_size_is_spent_where_it_lowers_the_error_most() -> None:
         merge(inputs_of(loras), MergeSettings("sum", RankRule(megabytes=1e-4)))
 
 
+def test_a_size_counts_biases_and_norms() -> None:
+    loras = [random_lora(90 + i, decay=2.0) for i in range(3)]
+    offsets = {f"{NAMES[0]}.bias": torch.ones(1000)}
+    loras[0] = Lora(loras[0].layers, offsets=offsets, naming=FOREIGN)
+    merged = merge(inputs_of(loras), MergeSettings("sum", RankRule(megabytes=0.012))).lora
+    factors = sum(layer.up.numel() + layer.down.numel() for layer in merged) * 4
+    assert 0.004 < factors / 1e6 <= 0.008
+
+
 def uniform_size(loras: Sequence[Lora], rank: int) -> int:
     merged = merge(inputs_of(loras), MergeSettings("sum", RankRule(rank=rank)))
     return sum(layer.up.numel() + layer.down.numel() for layer in merged.lora) * 4
