@@ -139,7 +139,7 @@ def test_values_too_big_for_half_precision_are_refused(tmp_path: Path) -> None:
     layer.up[0, 0] = 1e6
     with pytest.raises(BadWeightsFile, match="not finite in float16") as caught:
         write_lora(lora, tmp_path / "a.safetensors", HEADER)
-    assert "float32" in caught.value.hint
+    assert "fp32" in caught.value.hint
     assert list(tmp_path.iterdir()) == []
 
 
