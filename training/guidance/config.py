@@ -49,9 +49,8 @@ class GuidanceConfig:
         at_least(2, self, "people")  # for an interval
         at_least(0, self, "smoothing", "jitter")
         at_most(1, self, "smoothing")
+        at_most(0.5, self, "jitter")
         at_least(4, self, "factor_pictures")  # one chooses what is fitted on three
-        if self.jitter > 0.5:
-            raise ValueError(f"jitter must be 0.5 or less, found {self.jitter}")
 
 
 def read_window(text: str) -> SigmaWindow:
